@@ -1,0 +1,74 @@
+"""run.json and results.json: what a run is, how it stands, and what it reached."""
+
+import importlib.metadata
+import os
+import platform
+import time
+
+import torch
+from detectron2.utils import comm
+
+from ..files import read_json, write_json
+
+SCHEMA = 1
+PACKAGES = ("rethink_d2", "torch", "torchvision", "detectron2", "sal-detectron2", "numpy", "pycocotools")
+
+
+class RunRecord:
+    """Keeps ``run.json`` of one run folder true. Only the main process writes.
+
+    Args:
+        folder (str): the run folder.
+        run_id (str), identity (str), seed (int): see :func:`rethink_d2.recipe.identity`.
+    """
+
+    def __init__(self, folder, *, run_id, identity, seed):
+        self.path = os.path.join(folder, "run.json")
+        before = read_json(self.path, {})
+        self._seconds_before = before.get("seconds", 0.0)
+        self._clock = time.monotonic()
+        self.value = {
+            "schema": SCHEMA,
+            "run_id": run_id,
+            "identity": identity,
+            "seed": seed,
+            "state": "running",
+            "parent": before.get("parent"),
+            "world_size": comm.get_world_size(),
+            "threads": torch.get_num_threads(),
+            "versions": _versions(),
+            "hardware": _hardware(),
+            "started": before.get("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())),
+            "last_error": None,
+        }
+        self.write("running")
+
+    def write(self, state, error=None):
+        """Set the state (``running``, ``preempted``, ``failed``, ``done``) and the last error."""
+        seconds = self._seconds_before + time.monotonic() - self._clock
+        self.value.update(state=state, last_error=error, seconds=round(seconds, 1))
+        if comm.is_main_process():
+            write_json(self.path, self.value)
+
+
+def append_result(folder, iteration, dataset, metrics):
+    """Add one evaluation to ``results.json``; a repeat of the same one replaces it."""
+    path = os.path.join(folder, "results.json")
+    rows = [r for r in read_json(path, []) if (r["iteration"], r["dataset"]) != (iteration, dataset)]
+    write_json(path, [*rows, {"iteration": iteration, "dataset": dataset, **metrics}])
+
+
+def _versions():
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass  # installed under the other name, or from a source folder
+    return found
+
+
+def _hardware():
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"

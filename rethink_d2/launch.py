@@ -1,0 +1,58 @@
+"""Start the processes of a run: one, several on this machine, or torchrun's."""
+
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+
+def under_torchrun():
+    """Whether torchrun, or a scheduler that sets its variables, started this process."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= set(os.environ)
+
+
+def world_size(args):
+    """The number of processes of the run that `args` describes."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else args.num_gpus * args.num_machines
+
+
+def launch(main, args):
+    """Run ``main(args)`` on every process of the run and return when all have ended.
+
+    NCCL joins GPUs, gloo joins CPU processes, which share the machine's cores.
+
+    Args:
+        main (callable): a top-level function; it must be importable by a new process.
+        args (argparse.Namespace): Detectron2's launch arguments.
+    """
+    if not under_torchrun():
+        detectron2_launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    try:
+        main(args)
+    finally:
+        dist.destroy_process_group()
+
+
+def share_cores():
+    """Divide this machine's cores among its CPU processes, which would otherwise each take all."""
+    local = comm.get_local_size() if dist.is_initialized() else 1
+    if local > 1 and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))

@@ -1,0 +1,308 @@
+"""From a config file and overrides to one settled recipe.
+
+:func:`load` reads, :func:`resolve` writes out everything that follows from other settings (schedule,
+groups, linear scaling), :func:`check` says what does not belong together, :func:`identity` tells
+whether two recipes train the same thing.
+"""
+
+import hashlib
+import json
+import os
+from ast import literal_eval
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.utils.file_io import PathManager
+
+from .config import add_rethink_config
+from .recipe_checks import Problem, check, nearest
+from .solver.schedule import parse
+
+__all__ = [
+    "EVALUATION_KEYS",
+    "FREE",
+    "SCHEDULE",
+    "Problem",
+    "check",
+    "classify",
+    "identity",
+    "load",
+    "resolve",
+    "with_cpu_norm",
+]
+
+# Processes of the paper's recipe (section 4: 8 GPUs x 2 images).
+RECIPE_WORLD_SIZE = 8
+
+# Keys that cannot change what a run computes: where it writes, how often it looks, how fast it reads.
+FREE = frozenset(
+    {
+        "VERSION",
+        "OUTPUT_DIR",
+        "VIS_PERIOD",
+        "MODEL.DEVICE",
+        "DATALOADER.NUM_WORKERS",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "TEST.EVAL_PERIOD",
+        "TEST.EXPECTED_RESULTS",
+    }
+)
+# Keys that change a run only from its first rate drop on. Every other key, a new one included, is
+# taken to change the trajectory from the first iteration.
+SCHEDULE = frozenset({"SOLVER.SCHEDULE", "SOLVER.MAX_ITER", "SOLVER.STEPS"})
+# Keys of problems that also make an evaluation alone wrong.
+EVALUATION_KEYS = frozenset(
+    {
+        "MODEL",
+        "MODEL.WEIGHTS",
+        "MODEL.PIXEL_MEAN",
+        "MODEL.PIXEL_STD",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        "MODEL.RETINANET.NUM_CLASSES",
+        "INPUT.FORMAT",
+        "DATASETS.TEST",
+    }
+)
+_NORMED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+
+
+def classify(key):
+    """Tell what a config key can change.
+
+    Args:
+        key (str): a dotted key.
+
+    Returns:
+        str: "free", "schedule" or "trajectory".
+    """
+    return "free" if key in FREE else "schedule" if key in SCHEDULE else "trajectory"
+
+
+def flatten(tree, prefix=""):
+    """List the leaves of a config.
+
+    Args:
+        tree (dict): a config or a part of one.
+        prefix (str): put before every key.
+
+    Returns:
+        dict[str, object]: value by dotted key.
+    """
+    leaves = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _split(cfg, key):
+    *path, last = key.split(".")
+    node = cfg
+    for part in path:
+        node = node[part]
+    return node, last
+
+
+def _coerce(key, value, default, source):
+    """Bring a value as read from YAML or the command line to the type of the key's default."""
+    decoded = value
+    if isinstance(value, str):
+        try:
+            decoded = literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+    if default is None:
+        return decoded
+    if isinstance(default, str):
+        # yacs would turn SOLVER.SCHEDULE "300" into a number and then refuse it.
+        if isinstance(value, str):
+            return decoded if isinstance(decoded, str) else value
+        if key == "SOLVER.SCHEDULE" and type(value) is int:
+            return str(value)
+    elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple)):
+        return type(default)(decoded)
+    elif type(default) is float and type(decoded) is int:
+        return float(decoded)
+    elif type(decoded) is type(default):
+        return decoded
+    hint = ""
+    if isinstance(default, (list, tuple)) and isinstance(decoded, (str, int, float)):
+        example = type(default)([decoded])
+        hint = f'; write {key} "{example!r}" for a single value'
+    raise ValueError(
+        f"{source}: {key} is {value!r} ({type(decoded).__name__}), but must be of type "
+        f"{type(default).__name__} (now {default!r}){hint}"
+    )
+
+
+def _merge(cfg, leaves, source):
+    """Write dotted keys into a config, refusing those that it does not have."""
+    known = flatten(cfg)
+    for key, value in leaves.items():
+        if key not in known:
+            inner = [k for k in known if k.startswith(f"{key}.")]
+            if inner:
+                raise ValueError(f"{source}: {key} is a group of keys, not a value; it has {inner[0]}, ...")
+            raise ValueError(f"{source}: {key} is not a config key{nearest(key, known)}")
+        node, last = _split(cfg, key)
+        node[last] = _coerce(key, value, known[key], source)
+
+
+def load(config_file, opts):
+    """Read a config file and command line overrides.
+
+    Args:
+        config_file (str): a YAML file, with ``_BASE_`` as in Detectron2; "" for the defaults alone.
+        opts (list[str]): alternating keys and values.
+
+    Returns:
+        CfgNode: the merged config, not yet resolved.
+
+    Raises:
+        ValueError: no such file, or a key or value that does not exist or fit; says where, and what
+            was probably meant.
+    """
+    cfg = get_cfg()
+    add_rethink_config(cfg)
+    if config_file:
+        try:
+            tree = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
+        except FileNotFoundError as e:
+            at = e.filename or config_file
+            by = "" if at == config_file else f" (a _BASE_ of {config_file})"
+            raise ValueError(f"there is no config file {at}{by}") from e
+        except (yaml.YAMLError, AssertionError, TypeError, AttributeError) as e:
+            raise ValueError(f"{config_file} is not a config file: {e}") from e
+        if not isinstance(tree, dict):
+            raise ValueError(f"{config_file} is not a config file: it holds no keys")
+        _merge(cfg, flatten(tree), config_file)
+    if len(opts) % 2:
+        raise ValueError(
+            f"overrides are pairs of a key and a value, but {len(opts)} were given: {' '.join(opts)}"
+        )
+    given = dict(zip(opts[::2], opts[1::2], strict=True))
+    _merge(cfg, given, "command line")
+    computed = [k for k in ("SOLVER.MAX_ITER", "SOLVER.STEPS") if k in given]
+    if computed and cfg.SOLVER.SCHEDULE:
+        raise ValueError(
+            f"command line: {' and '.join(computed)} would be overwritten, because SOLVER.SCHEDULE is "
+            f"{cfg.SOLVER.SCHEDULE!r}; override SOLVER.SCHEDULE instead, e.g. SOLVER.SCHEDULE 300, or set "
+            "SOLVER.SCHEDULE ''"
+        )
+    return cfg
+
+
+def _scale(cfg, world_size):
+    """Apply Detectron2's linear scaling, to a literal length too."""
+    solver = cfg.SOLVER
+    reference = solver.REFERENCE_WORLD_SIZE
+    if reference <= 0 or reference == world_size:
+        return cfg
+    if solver.IMS_PER_BATCH % reference:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be divided among the "
+            f"{reference} processes of SOLVER.REFERENCE_WORLD_SIZE"
+        )
+    schedule = solver.SCHEDULE
+    if schedule and not schedule.strip().lower().endswith("x"):
+        # "6x" counts images and follows the batch by itself; "300" counts iterations.
+        length = parse(schedule, solver.IMS_PER_BATCH).max_iter
+        schedule = str(max(1, round(length * reference / world_size)))
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size).clone()
+    scaled.defrost()
+    scaled.SOLVER.SCHEDULE = schedule
+    return scaled
+
+
+def _syncbn_parts(cfg):
+    """The config groups below MODEL whose NORM is a synchronized batch norm."""
+    return [part for part in _NORMED if "syncbn" in str(cfg.MODEL[part].NORM).lower()]
+
+
+def with_cpu_norm(cfg):
+    """Replace every synchronized batch norm by the one that several CPU processes can run.
+
+    Args:
+        cfg (CfgNode): any config; it stays as it is.
+
+    Returns:
+        CfgNode: a copy with naiveSyncBN_N, because torch's SyncBatchNorm refuses the CPU.
+    """
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    for part in _syncbn_parts(cfg):
+        cfg.MODEL[part].NORM = "naiveSyncBN_N"
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def resolve(cfg, world_size=None):
+    """Write out what follows from other settings; resolving twice changes nothing more.
+
+    Args:
+        cfg (CfgNode): a config with this project's keys; it stays as it is.
+        world_size (int or None): number of processes. None stands for the recipe's own
+            (SOLVER.REFERENCE_WORLD_SIZE, else 8) and counts for SOLVER.IMS_PER_GROUP alone.
+
+    Returns:
+        CfgNode: a copy, frozen if ``cfg`` is.
+
+    Raises:
+        ValueError: the schedule is malformed or linear scaling is impossible; names the key.
+    """
+    frozen = cfg.is_frozen()
+    cfg = cfg.clone()
+    cfg.defrost()
+    if world_size is not None:
+        cfg = _scale(cfg, world_size)
+    solver = cfg.SOLVER
+    if solver.SCHEDULE:
+        schedule = parse(solver.SCHEDULE, solver.IMS_PER_BATCH)
+        solver.MAX_ITER = schedule.max_iter
+        solver.STEPS = tuple(schedule.steps)
+        solver.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
+        if solver.STEPS:
+            solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, solver.STEPS[0])
+    processes = world_size or solver.REFERENCE_WORLD_SIZE or RECIPE_WORLD_SIZE
+    # SyncBN's statistics span the processes of one pass, so its batch cannot be made up of several.
+    if solver.IMS_PER_GROUP == 0 or (world_size is not None and _syncbn_parts(cfg)):
+        solver.IMS_PER_GROUP = max(1, solver.IMS_PER_BATCH // processes)
+    # More loader workers than cores only take memory and switch.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, cores)
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def _digest(path):
+    """The sha256 of a local file, None when the name is not one."""
+    if not path or "://" in path or not PathManager.isfile(path):
+        return None
+    digest = hashlib.sha256()
+    with open(PathManager.get_local_path(path), "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def identity(cfg):
+    """Name what a run computes: equal for two configs that must give the same result.
+
+    Args:
+        cfg (CfgNode): a resolved config.
+
+    Returns:
+        str: a sha256 in hex over every key that is not in :data:`FREE`. Local weights enter by their
+        content, so that moving the file is no change.
+    """
+    leaves = {key: value for key, value in flatten(cfg).items() if classify(key) != "free"}
+    digest = _digest(cfg.MODEL.WEIGHTS)
+    if digest is not None:
+        leaves["MODEL.WEIGHTS"] = f"sha256:{digest}"
+    text = json.dumps(leaves, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

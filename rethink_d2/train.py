@@ -1,0 +1,146 @@
+"""One run from the command line: ``python -m rethink_d2.train --config-file ...``."""
+
+import logging
+import os
+import sys
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from . import paper, recipe
+from .data.loader import count_images
+from .dry_run import build_meta, summary
+from .engine.record import RunRecord, append_result
+from .engine.trainer import Trainer, build_initialized_model
+from .evaluation import evaluate
+from .launch import launch, share_cores, world_size
+
+logger = logging.getLogger(__name__)
+
+MEMORY_ADVICE = (
+    "The GPU ran out of memory. What helps, first to last: SOLVER.IMS_PER_GROUP 1 (the same batch in "
+    "smaller steps), SOLVER.AMP.ENABLED True (about half the memory), more processes (--num-gpus), "
+    "and, where the paper's setting need not be kept, a smaller INPUT.MAX_SIZE_TRAIN."
+)
+
+
+def argument_parser():
+    """Detectron2's arguments and ``--dry-run``."""
+    parser = default_argument_parser()
+    # Detectron2 collects the config options as the remainder, so ours must stand before them.
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and exit; write nothing"
+    )
+    return parser
+
+
+def run_id(args):
+    """The manifest's id of the config, or the config file's name where it is not the paper's."""
+    run = paper.for_config(args.config_file)
+    return run.id if run else os.path.splitext(os.path.basename(args.config_file))[0] or "run"
+
+
+def prepare(args):
+    """The config of a run, resolved for the processes and the device that it gets.
+
+    Raises:
+        ValueError: a bad key, value, or number of processes, with the cure.
+    """
+    cfg = recipe.load(args.config_file, args.opts)
+    if not torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu":
+        if args.num_gpus > 1:
+            raise ValueError(
+                f"--num-gpus {args.num_gpus}: this machine has no CUDA GPU. To train with several CPU "
+                "processes, add MODEL.DEVICE cpu"
+            )
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cuda" and args.num_gpus > torch.cuda.device_count():
+        raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
+    processes = world_size(args)
+    if cfg.MODEL.DEVICE == "cpu" and processes > 1:
+        cfg = recipe.with_cpu_norm(cfg)
+    cfg = recipe.resolve(cfg, processes)
+    cfg.freeze()
+    return cfg
+
+
+def dry_run(cfg, args):
+    """Print the recipe as it would run."""
+    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    sizes = {name: count_images(name) for name in names if not recipe.missing_files(name)}
+    run = paper.for_config(args.config_file)
+    published = {run.metric: run.published, "source": run.source} if run and run.published else None
+    print(summary(cfg, build_meta(cfg), sizes, world_size(args), published))
+
+
+def main(args):
+    """One process of a run: train, or evaluate with ``--eval-only``."""
+    share_cores()
+    cfg = prepare(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rethink_d2", abbrev_name="r2")
+    if comm.is_main_process():
+        for problem in recipe.check(cfg, comm.get_world_size()):
+            logger.warning(problem)
+    if cfg.MODEL.DEVICE == "cpu":
+        logger.info("No GPU in use: running on the CPU with %d threads", torch.get_num_threads())
+    if args.eval_only:
+        return evaluate_only(cfg, args)
+    record = RunRecord(
+        cfg.OUTPUT_DIR, run_id=run_id(args), identity=recipe.identity(cfg), seed=cfg.SEED
+    )
+    try:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(args.resume)
+        trainer.train()
+    except BaseException as e:
+        record.write("failed", f"{type(e).__name__}: {e}")
+        if isinstance(e, torch.OutOfMemoryError):
+            logger.error(MEMORY_ADVICE)
+        raise
+    record.write("done")
+
+
+def evaluate_only(cfg, args):
+    """Evaluate MODEL.WEIGHTS (with ``--resume`` the run's newest checkpoint) on DATASETS.TEST."""
+    model = build_initialized_model(cfg)
+    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    iteration = loaded.get("iteration", -1) + 1  # 0: weights without a training state
+    for name in cfg.DATASETS.TEST:
+        metrics = evaluate(cfg, model, name)
+        if comm.is_main_process():
+            append_result(cfg.OUTPUT_DIR, iteration, name, metrics)
+
+
+def cli(argv=None):
+    """The command line.
+
+    Returns:
+        int: 0, or 2 where the run is refused; other failures raise.
+    """
+    args = argument_parser().parse_args(argv)
+    try:
+        cfg = prepare(args)
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    problems = recipe.check(cfg, world_size(args))
+    if args.eval_only:  # nothing is trained, so only what evaluation needs can be wrong
+        problems = [p for p in problems if p.key in recipe.EVALUATION_KEYS]
+    for problem in problems:
+        print(f"{problem.level}: {problem}", file=sys.stderr)
+    if args.dry_run:
+        dry_run(cfg, args)
+    if any(p.level == "error" for p in problems):
+        return 2
+    if not args.dry_run:
+        launch(main, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

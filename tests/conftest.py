@@ -1,0 +1,47 @@
+"""Shared by all tests. Small genuine COCO and VOC data is used where it is found."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Detectron2 reads this variable once, at import; so it is set here, before any test imports it.
+_small = ROOT.parent / "shared" / "data"
+if "DETECTRON2_DATASETS" not in os.environ and _small.is_dir():
+    os.environ["DETECTRON2_DATASETS"] = str(_small)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of genuine COCO and VOC data."""
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    if not (root / "coco/annotations/instances_val2017.json").is_file():
+        pytest.skip("needs COCO data: set DETECTRON2_DATASETS")
+    return root
+
+
+@pytest.fixture(scope="session")
+def glyph_cache(tmp_path_factory):
+    """One cache of built-in data for all tests, empty at first, also for child processes."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("RETHINK_D2_CACHE")
+    os.environ["RETHINK_D2_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("RETHINK_D2_CACHE")
+    if before is not None:
+        os.environ["RETHINK_D2_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def run_train(glyph_cache):
+    """Run train_net.py with arguments in a process of its own; returns the finished process."""
+
+    def run(*args, prefix=(sys.executable,), **kwargs):
+        command = [*prefix, str(ROOT / "train_net.py"), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=500, **kwargs)
+
+    return run

@@ -1,0 +1,137 @@
+"""train_net.py from the outside: real processes, real files, built-in data."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from rethink_d2 import model_zoo
+
+MINI = model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")
+TINY = [
+    *("DATASETS.TRAIN", "('glyphs_tiny_train',)", "DATASETS.TEST", "('glyphs_tiny_val',)"),
+    *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.01", "DATALOADER.NUM_WORKERS", "0"),
+]
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(run_train, tmp_path_factory):
+    """A run of six iterations, from an empty folder."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = ["SOLVER.SCHEDULE", "6", "TEST.EVAL_PERIOD", "3", "SOLVER.CHECKPOINT_PERIOD", "3"]
+    done = run_train("--config-file", MINI, *TINY, *options, "OUTPUT_DIR", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_its_record(finished):
+    record = json.loads((finished / "run.json").read_text())
+    assert record["state"] == "done" and record["last_error"] is None
+    assert record["world_size"] == 1 and record["seed"] == 1 and len(record["identity"]) == 64
+    results = json.loads((finished / "results.json").read_text())
+    assert [(r["iteration"], r["dataset"]) for r in results] == [(3, "glyphs_tiny_val"), (6, "glyphs_tiny_val")]
+    assert {"bbox/AP", "segm/AP75"} <= set(results[0])
+    losses = [row["total_loss"] for row in rows(finished / "metrics.json") if "total_loss" in row]
+    assert losses and all(map(math.isfinite, losses))
+    assert list(finished.glob("events.out.tfevents*"))
+    log = (finished / "log.txt").read_text()
+    assert "iter 6/6" in log and "epoch" in log and "CPU" in log
+
+
+def test_evaluation_alone_repeats_the_training_runs_numbers(finished, run_train, tmp_path):
+    weights = finished / "model_final.pth"
+    done = run_train("--eval-only", "--config-file", MINI, *TINY, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (alone,) = json.loads((tmp_path / "results.json").read_text())
+    during = json.loads((finished / "results.json").read_text())[-1]
+    assert alone["iteration"] == 6
+    assert alone == pytest.approx(during, nan_ok=True)
+
+
+def test_resume_goes_on_after_the_last_checkpoint(finished, run_train):
+    before = torch.load(finished / "model_0000002.pth", weights_only=True)["iteration"]
+    options = ["SOLVER.SCHEDULE", "9", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", finished]
+    done = run_train("--resume", "--config-file", MINI, *TINY, *options)
+    assert done.returncode == 0, done.stderr
+    assert before == 2
+    assert "Starting training from iteration 6" in done.stdout
+    assert torch.load(finished / "model_final.pth", weights_only=True)["iteration"] == 8
+
+
+def test_dry_run_prints_the_recipe_and_writes_nothing(run_train, tmp_path):
+    config = model_zoo.get_config_file("scratch/scratch_mask_rcnn_R_50_FPN_gn_6x.yaml")
+    done = run_train("--config-file", config, "--dry-run", "OUTPUT_DIR", tmp_path / "out", cwd=tmp_path)
+    assert not list(tmp_path.iterdir()), done.stdout
+    for expected in ("480000", "520000", "540000", "0.02", "41.3", "msra", "GroupNorm"):
+        assert expected in done.stdout, expected
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["SOLVER.SCHEDULE", "6y"], "SOLVER.SCHEDULE"),
+        (["SOLVER.BASE_RL", "0.1"], "SOLVER.BASE_LR"),
+        (["SOLVER.MAX_ITER", "10"], "SOLVER.SCHEDULE"),
+        (["MODEL.BACKBONE.FREEZE_AT", "2"], "MODEL.BACKBONE.FREEZE_AT"),
+        (["DATASETS.TRAIN", "('glyphs_trian',)"], "glyphs_train"),
+    ],
+)
+def test_refusals_name_the_cure_and_leave_nothing(options, words, capsys, tmp_path):
+    from rethink_d2.train import cli
+
+    assert cli(["--config-file", MINI, *options, "OUTPUT_DIR", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_without_gpu_need_to_be_asked_for(capsys):
+    from rethink_d2.train import cli
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert cli(["--config-file", MINI, "--num-gpus", "2"]) == 2
+    assert "MODEL.DEVICE cpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["launch", "torchrun"])
+def test_two_cpu_processes(run_train, tmp_path, way):
+    options = ["SOLVER.SCHEDULE", "4", "SOLVER.IMS_PER_GROUP", "1", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path]
+    if way == "launch":
+        done = run_train("--num-gpus", "2", "--config-file", MINI, *TINY, *options)
+    else:
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        done = run_train("--config-file", MINI, *TINY, *options, prefix=torchrun)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_the_papers_config_on_genuine_coco(run_train, real_data, tmp_path):
+    config = model_zoo.get_config_file("scratch/scratch_mask_rcnn_R_50_FPN_gn_6x.yaml")
+    options = [
+        *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "SOLVER.SCHEDULE", "3"),
+        *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0025", "OUTPUT_DIR", str(tmp_path)),
+    ]
+    done = run_train("--config-file", config, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert result["dataset"] == "coco_2017_val" and result["iteration"] == 3
+    assert "crowd regions" in (tmp_path / "log.txt").read_text()
+    options[options.index("SOLVER.SCHEDULE") + 1] = "4"
+    done = run_train("--resume", "--config-file", config, *options)
+    assert "Starting training from iteration 3" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_mini_model_on_genuine_voc(run_train, real_data, tmp_path):
+    config = model_zoo.get_config_file("mini/scratch_faster_rcnn_R_18_FPN_gn_voc.yaml")
+    done = run_train("--config-file", config, "SOLVER.SCHEDULE", "4", "OUTPUT_DIR", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "bbox/AP50" in json.loads((tmp_path / "results.json").read_text())[0]

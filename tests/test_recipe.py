@@ -1,0 +1,353 @@
+"""The recipe: reading it, settling it, saying what is wrong with it, naming it."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rethink_d2 import add_rethink_config, dry_run, recipe
+
+SET, VOC = "recipe_test_set", "recipe_test_voc"
+TORCHVISION = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+GN_WEIGHTS = "catalog://ImageNetPretrained/FAIR/R-50-GN"
+GN = ["MODEL.RESNETS.STRIDE_IN_1X1", "False"]
+# torchvision's weights as Detectron2's SyncBN recipe takes them.
+SYNCBN = [
+    *["MODEL.WEIGHTS", TORCHVISION, "MODEL.RESNETS.NORM", "SyncBN", "MODEL.RESNETS.STRIDE_IN_1X1", "False"],
+    *["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]"],
+    *["MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]"],
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_sets(tmp_path_factory):
+    """Two registered sets whose files exist: one as COCO's, one as VOC's with an empty split."""
+    root = tmp_path_factory.mktemp("sets")
+    (root / "a.json").write_text("{}")
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("")
+    for name in (SET, VOC):
+        DatasetCatalog.register(name, list)
+    MetadataCatalog.get(SET).set(
+        json_file=str(root / "a.json"), image_root=str(root), thing_classes=["x"] * 80
+    )
+    MetadataCatalog.get(VOC).set(dirname=str(root), split="train", year=2007)
+    yield root
+    for name in (SET, VOC):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def good(*opts, world_size=1):
+    """A resolved recipe with which nothing is wrong, and changes to it."""
+    base = ["SEED", 1, "SOLVER.SCHEDULE", "6x", "SOLVER.BASE_LR", 0.02, "SOLVER.IMS_PER_GROUP", 2]
+    base += ["MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0, "DATASETS.TRAIN", (SET,)]
+    return recipe.resolve(recipe.load("", [*base, "DATASETS.TEST", (SET,), *opts]), world_size)
+
+
+def problems(cfg, world_size=1):
+    return {p.key: p for p in recipe.check(cfg, world_size)}
+
+
+# ---------------------------------------------------------------- load
+
+
+def test_load_merges_file_base_and_options(tmp_path):
+    (tmp_path / "base.yaml").write_text('SOLVER:\n  SCHEDULE: "300"\n  BASE_LR: 1\nSEED: 3\n')
+    (tmp_path / "a.yaml").write_text("_BASE_: base.yaml\nSEED: 4\n")
+    cfg = recipe.load(str(tmp_path / "a.yaml"), ["SOLVER.STEPS", "[5, 6]", "SOLVER.SCHEDULE", ""])
+    assert (cfg.SEED, cfg.SOLVER.SCHEDULE, cfg.SOLVER.STEPS) == (4, "", (5, 6))
+    assert type(cfg.SOLVER.BASE_LR) is float
+    # A number for a text is what the command line gives; the length is a text.
+    assert recipe.load(str(tmp_path / "a.yaml"), []).SOLVER.SCHEDULE == "300"
+    assert recipe.load("", ["SOLVER.SCHEDULE", "300"]).SOLVER.SCHEDULE == "300"
+
+
+def test_a_dumped_recipe_reads_back(tmp_path):
+    cfg = good("SOLVER.SCHEDULE", "300")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert recipe.load(str(tmp_path / "config.yaml"), []) == cfg
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (["SOLVER.BASE_RL", "1"], ["SOLVER.BASE_RL is not a config key; did you mean SOLVER.BASE_LR?"]),
+        (["SOLVER.FREEZE_AT", "0"], ["did you mean MODEL.BACKBONE.FREEZE_AT?"]),
+        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER", "'many'", "int", "40000"]),
+        (["SOLVER.STEPS", "300"], ["SOLVER.STEPS", "tuple", "(300,)"]),
+        (["DATASETS.TRAIN", "x"], ["DATASETS.TRAIN", "('x',)"]),
+        (["MODEL.MASK_ON", "1"], ["MODEL.MASK_ON", "bool", "False"]),
+        (["SOLVER", "1"], ["SOLVER is a group"]),
+        (["SEED"], ["pairs"]),
+        (
+            ["SOLVER.SCHEDULE", "6x", "SOLVER.MAX_ITER", "9"],
+            ["SOLVER.MAX_ITER", "override SOLVER.SCHEDULE instead"],
+        ),
+        (["SOLVER.STEPS", "(1,)", "SOLVER.SCHEDULE", "6x"], ["SOLVER.STEPS", "SOLVER.SCHEDULE ''"]),
+    ],
+)
+def test_wrong_options_are_named(opts, words):
+    with pytest.raises(ValueError) as e:
+        recipe.load("", opts)
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("SOLVER:\n  BASE_RL: 1\n", ["SOLVER.BASE_RL", "SOLVER.BASE_LR"]),
+        ("SOLVER:\n  BASE_LR: fast\n", ["SOLVER.BASE_LR", "float"]),
+        ("MODEL:\n  WEIGHTS:\n", ["MODEL.WEIGHTS", "str"]),
+        ("SEED: [\n", ["not a config file"]),
+        ("", ["not a config file"]),
+        ("just words", ["not a config file"]),
+        ("_BASE_: none.yaml\n", ["none.yaml", "_BASE_"]),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as e:
+        recipe.load(str(path), [])
+    assert all(word in str(e.value) for word in [str(path), *words]), str(e.value)
+    with pytest.raises(ValueError, match="missing.yaml"):
+        recipe.load(str(tmp_path / "missing.yaml"), [])
+
+
+# ---------------------------------------------------------------- resolve
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["", "6x", "2x", "0.5x", "220k", "900"]),
+    st.integers(1, 8),
+    st.sampled_from([None, 1, 2, 3, 4, 8, 16]),
+    st.sampled_from([0, 4, 8]),
+    st.sampled_from([0, 1, 2]),
+    st.sampled_from(["GN", "SyncBN"]),
+)
+def test_resolving_twice_changes_nothing(schedule, eighth, world_size, reference, group, norm):
+    cfg = get_cfg()
+    add_rethink_config(cfg)
+    cfg.SOLVER.SCHEDULE, cfg.SOLVER.IMS_PER_BATCH = schedule, 8 * eighth
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_GROUP = reference, group
+    cfg.MODEL.RESNETS.NORM = norm
+    before = cfg.clone()
+    once = recipe.resolve(cfg, world_size)
+    assert cfg == before
+    assert recipe.resolve(once, world_size) == once
+    assert recipe.resolve(once) == once
+    if reference in (0, world_size) or world_size is None:
+        assert once.SOLVER.BASE_LR == before.SOLVER.BASE_LR
+
+
+def test_resolve_writes_what_follows():
+    cfg = recipe.load("", ["SOLVER.SCHEDULE", "6x", "DATALOADER.NUM_WORKERS", 10**6])
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    cfg.freeze()
+    out = recipe.resolve(cfg)
+    s = out.SOLVER
+    assert (s.MAX_ITER, s.STEPS, s.LR_SCHEDULER_NAME) == (540000, (480000, 520000), "WarmupMultiStepLR")
+    assert s.IMS_PER_GROUP == 2 and out.is_frozen()
+    assert out.DATALOADER.NUM_WORKERS < 10**6
+    short = recipe.resolve(recipe.load("", ["SOLVER.SCHEDULE", "90"])).SOLVER
+    assert short.WARMUP_ITERS == short.STEPS[0] < 90
+
+
+@pytest.mark.parametrize("schedule, length", [("6x", 1080000), ("300", 600), ("2k", 4000)])
+def test_linear_scaling_keeps_the_images_seen(schedule, length):
+    opts = ["SOLVER.SCHEDULE", schedule, "SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.BASE_LR", 0.02]
+    s = recipe.resolve(recipe.load("", opts), 4).SOLVER
+    assert (s.IMS_PER_BATCH, s.BASE_LR, s.MAX_ITER, s.REFERENCE_WORLD_SIZE) == (8, 0.01, length, 4)
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH"):
+        recipe.resolve(recipe.load("", [*opts, "SOLVER.IMS_PER_BATCH", 12]), 4)
+
+
+def test_syncbn_does_not_accumulate_and_runs_on_cpu_processes():
+    cfg = good(*SYNCBN, world_size=2)
+    assert cfg.SOLVER.IMS_PER_GROUP == 8
+    assert recipe.with_cpu_norm(cfg).MODEL.RESNETS.NORM == "naiveSyncBN_N"
+    assert cfg.MODEL.RESNETS.NORM == "SyncBN"
+
+
+def test_resolve_refuses_a_malformed_schedule():
+    with pytest.raises(ValueError, match="SOLVER.SCHEDULE"):
+        recipe.resolve(recipe.load("", ["SOLVER.SCHEDULE", "six"]))
+
+
+# ---------------------------------------------------------------- check
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        [],
+        ["MODEL.WEIGHTS", GN_WEIGHTS, "MODEL.BACKBONE.FREEZE_AT", 2, *GN],
+        [*SYNCBN, "MODEL.BACKBONE.FREEZE_AT", 2],
+    ],
+    ids=["scratch", "pretrained", "syncbn"],
+)
+def test_good_recipes_pass(opts):
+    assert recipe.check(good(*opts)) == []
+    assert recipe.check(good(*opts, world_size=2), 2) == []
+
+
+FPN = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.OUT_FEATURES"]
+FPN += ["['res2', 'res3', 'res4', 'res5']", "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']"]
+FPN += ["MODEL.RPN.IN_FEATURES", "['p2']", "MODEL.ROI_HEADS.IN_FEATURES", "['p2']"]
+FPN += ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"]
+FPN += ["MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.FPN.NORM", "GN", "MODEL.ROI_BOX_HEAD.NORM", "GN"]
+
+
+@pytest.mark.parametrize(
+    "opts, key, words",
+    [
+        (
+            ["MODEL.BACKBONE.FREEZE_AT", 2],
+            "MODEL.BACKBONE.FREEZE_AT",
+            ["36.2", "39.5", "37.5", "41.0", "model zoo"],
+        ),
+        (["MODEL.RESNETS.NORM", "FrozenBN"], "MODEL.RESNETS.NORM", ["frozen"]),
+        (["MODEL.RESNETS.NORM", "BN"], "MODEL.RESNETS.NORM", ["GN"]),
+        ([*FPN, "MODEL.FPN.NORM", "BN"], "MODEL.FPN.NORM", ["backbone.fpn"]),
+        ([*FPN, "MODEL.ROI_BOX_HEAD.NORM", "FrozenBN"], "MODEL.ROI_BOX_HEAD.NORM", ["roi_heads.box_head"]),
+        ([*SYNCBN, "SOLVER.IMS_PER_BATCH", 4], "SOLVER.IMS_PER_GROUP", ["4 images", "MODEL.RESNETS.NORM"]),
+        (["MODEL.RESNETS.STEM_OUT_CHANNELS", 48], "MODEL.RESNETS.STEM_OUT_CHANNELS", ["multiple of 32"]),
+        (["MODEL.WEIGHTS", TORCHVISION], "MODEL.RESNETS.NORM", ["holds batch norm", "GN"]),
+        (["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"], "MODEL.RESNETS.NORM", ["GN"]),
+        ([*SYNCBN, "MODEL.WEIGHTS", GN_WEIGHTS], "MODEL.RESNETS.NORM", ["group norm", "SyncBN"]),
+        (
+            [*SYNCBN, "MODEL.WEIGHTS", "catalog://ImageNetPretrained/MSRA/R-50"],
+            "MODEL.RESNETS.NORM",
+            ["folded"],
+        ),
+        ([*SYNCBN, "MODEL.RESNETS.STRIDE_IN_1X1", True], "MODEL.RESNETS.STRIDE_IN_1X1", ["False"]),
+        (["MODEL.WEIGHTS", "/no/such/model.pth"], "MODEL.WEIGHTS", ["/no/such/model.pth"]),
+        (["MODEL.WEIGHTS", "catalog://ImageNetPretrained/FAIR/R-50-GM"], "MODEL.WEIGHTS", ["FAIR/R-50-GN"]),
+        ([*SYNCBN, "INPUT.FORMAT", "BGR"], "INPUT.FORMAT", ["RGB"]),
+        ([*SYNCBN, "MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"], "MODEL.PIXEL_STD", ["58.395"]),
+        (
+            ["MODEL.WEIGHTS", GN_WEIGHTS, "MODEL.PIXEL_MEAN", "[123.7, 116.3, 103.5]"],
+            "MODEL.PIXEL_MEAN",
+            ["103.53"],
+        ),
+        (["INPUT.FORMAT", "RGB"], "MODEL.PIXEL_MEAN", ["INPUT.FORMAT RGB"]),
+        (["SOLVER.SCHEDULE", ""], None, []),
+        (["SOLVER.BASE_LR", 0.05], "SOLVER.BASE_LR", ["0.02"]),
+        (["SOLVER.IMS_PER_GROUP", 3], "SOLVER.IMS_PER_BATCH", ["groups of 3"]),
+        (["SEED", -1], "SEED", ["-1"]),
+        (["MODEL.INIT.POLICY", "mrsa"], "MODEL.INIT.POLICY", ["did you mean msra?"]),
+        (["DATASETS.TRAIN", ()], "DATASETS.TRAIN", ["nothing to train on"]),
+        (["DATASETS.TRAIN", ("recipe_test_sets",)], "DATASETS.TRAIN", [f"did you mean {SET}?"]),
+        (["DATASETS.TRAIN", (VOC,)], "DATASETS.TRAIN", ["no images", "train.txt"]),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", 20], "MODEL.ROI_HEADS.NUM_CLASSES", ["80"]),
+    ],
+)
+def test_each_rule(opts, key, words):
+    found = problems(good(*opts))
+    assert set(found) == ({key} if key else set()), [str(p) for p in found.values()]
+    if key:
+        text = str(found[key])
+        assert "\n" not in text and all(word in text for word in [key, *words]), text
+        warns = key in ("SOLVER.BASE_LR", "MODEL.RESNETS.STRIDE_IN_1X1") or opts == ["INPUT.FORMAT", "RGB"]
+        assert found[key].level == ("warning" if warns else "error")
+
+
+@pytest.mark.parametrize(
+    "steps, length, key",
+    [((90, 50), 100, "SOLVER.STEPS"), ((0, 50), 100, "SOLVER.STEPS"), ((100,), 100, "SOLVER.STEPS")]
+    + [((), 0, "SOLVER.MAX_ITER"), ((50, 50), 100, "SOLVER.STEPS")],
+)
+def test_steps_lie_in_the_run(steps, length, key):
+    cfg = good("SOLVER.SCHEDULE", "")
+    cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER = steps, length
+    assert set(problems(cfg)) == {key}
+
+
+def test_missing_files_are_listed(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/some/where")
+    name = "recipe_test_missing"
+    DatasetCatalog.register(name, list)
+    try:
+        MetadataCatalog.get(name).set(json_file=str(tmp_path / "no.json"), image_root=str(tmp_path))
+        text = str(problems(good("DATASETS.TEST", (name,)))["DATASETS.TEST"])
+        assert "no.json" in text and "/some/where" in text
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_check_raises_nothing_on_an_unresolved_or_broken_recipe():
+    cfg = good()
+    cfg.SOLVER.SCHEDULE = "six"
+    assert "SOLVER.SCHEDULE" in problems(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "NoSuchThing"
+    assert "NoSuchThing" in problems(cfg)["MODEL"].message
+    cfg.SOLVER.STEPS, cfg.SOLVER.SCHEDULE = ("a",), ""
+    assert "schedule" in problems(cfg)["config"].message
+    errors_first = [p.level for p in recipe.check(good("SOLVER.BASE_LR", 1.0, "SEED", -1))]
+    assert errors_first == ["error", "warning"]
+
+
+# ---------------------------------------------------------------- identity and summary
+
+
+def test_identity_ignores_what_changes_nothing(tmp_path):
+    cfg = good()
+    name = recipe.identity(cfg)
+    for key in recipe.FREE:
+        other = cfg.clone()
+        *path, last = key.split(".")
+        node = other
+        for part in path:
+            node = node[part]
+        node[last] = "x" if isinstance(node[last], str) else [7] if isinstance(node[last], list) else 7
+        assert recipe.identity(other) == name, key
+    for opts in (
+        ["SEED", 2],
+        ["SOLVER.BASE_LR", 0.01],
+        ["SOLVER.SCHEDULE", "5x"],
+        ["INPUT.MIN_SIZE_TEST", 600],
+    ):
+        assert recipe.identity(good(*opts)) != name, opts
+    new = cfg.clone()
+    new.SOLVER.SOMETHING_NEW = 1
+    assert recipe.identity(new) != name
+    assert [recipe.classify(k) for k in ("OUTPUT_DIR", "SOLVER.STEPS", "ANY.NEW")] == [
+        "free",
+        "schedule",
+        "trajectory",
+    ]
+
+
+def test_identity_takes_local_weights_by_content(tmp_path):
+    for name, text in (("a.pth", "1"), ("b.pth", "1"), ("c.pth", "2")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (recipe.identity(good("MODEL.WEIGHTS", str(tmp_path / f"{n}.pth"))) for n in "abc")
+    assert a == b != c
+
+
+def test_summary_says_what_will_run():
+    cfg = good(*SYNCBN, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.CHECKPOINT_PERIOD", 10000)
+    model = dry_run.build_meta(cfg)
+    assert next(model.parameters()).device == torch.device("meta")
+    text = dry_run.summary(cfg, model, {SET: 120000}, 1, {"box AP": 41.3, "source": "Table 1"})
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for words in (
+        "480,000 (epoch 64.00)",
+        "540,000 (epoch 72.00), schedule 6x",
+        "1 groups of 16",
+        f"{trained:,} train",
+        "stem (",
+        "FrozenBN",
+        "SyncBN",
+        "120,000 images",
+        "box AP 41.3 (Table 1)",
+        TORCHVISION,
+        "54 of",
+    ):
+        assert words in text, words
+    assert "epoch" not in dry_run.summary(cfg, model, None, 1)
