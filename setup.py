@@ -25,7 +25,9 @@ setup(
         "matplotlib",
         "tensorboard",
         "tabulate",
-        "packaging",
+        "tqdm",
+        "filelock",
+        "PyYAML",
     ],
     extras_require={"test": ["pytest", "pytest-timeout", "hypothesis", "ruff"]},
 )

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 _CAFFE2_MEAN = (103.53, 116.28, 123.675)
 _BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "nnSyncBN")
 
+# Generated when first read, so their files are never missing, and no COCO recipe fits them.
+GENERATED = "glyphs_"
 # Which key sets the normalization of which part of the model.
 NORM_KEYS = {
     "backbone": "MODEL.RESNETS.NORM",
@@ -106,6 +109,22 @@ def data_paths(name):
         split = os.path.join(meta.dirname, "ImageSets", "Main", f"{meta.split}.txt")
         paths.append(split)
     return [p for p in paths if p], split
+
+
+def missing_files(name):
+    """List what a data set needs that is not there.
+
+    Args:
+        name (str): a data set; an unregistered one lacks itself.
+
+    Returns:
+        list[str]: paths as they were tried; empty when it can be read, or is generated on demand.
+    """
+    if name not in DatasetCatalog.list():
+        return [name]
+    if name.startswith(GENERATED):
+        return []
+    return [path for path in data_paths(name)[0] if not PathManager.exists(path)]
 
 
 def norm_kind(module):

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
-
-from .config import add_rethink_config
 
 __all__ = ["config_dir", "get", "get_config", "get_config_file"]
 
@@ -64,10 +62,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
     """
     from . import recipe  # here, so that this module is importable below that floor
 
-    cfg = get_cfg()
-    add_rethink_config(cfg)
-    cfg.merge_from_file(get_config_file(name))
-    cfg = recipe.resolve(cfg)
+    cfg = recipe.resolve(recipe.load(get_config_file(name), []))
     if trained:
         weights = Path(cfg.OUTPUT_DIR) / "model_final.pth"
         if not weights.is_file():

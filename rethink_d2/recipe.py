@@ -16,6 +16,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
 from .config import add_rethink_config
+from .dry_run import missing_files
 from .recipe_checks import Problem, check, nearest
 from .solver.schedule import parse
 
@@ -28,6 +29,7 @@ __all__ = [
     "classify",
     "identity",
     "load",
+    "missing_files",
     "resolve",
     "with_cpu_norm",
 ]
@@ -106,6 +108,13 @@ def _split(cfg, key):
     return node, last
 
 
+def _like(value, default):
+    """Make lists and tuples alike, inner ones too: YAML knows only lists."""
+    if not isinstance(value, (list, tuple)) or not isinstance(default, (list, tuple)):
+        return value
+    return type(default)(_like(v, default[0] if default else None) for v in value)
+
+
 def _coerce(key, value, default, source):
     """Bring a value as read from YAML or the command line to the type of the key's default."""
     decoded = value
@@ -123,7 +132,7 @@ def _coerce(key, value, default, source):
         if key == "SOLVER.SCHEDULE" and type(value) is int:
             return str(value)
     elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple)):
-        return type(default)(decoded)
+        return _like(decoded, default)
     elif type(default) is float and type(decoded) is int:
         return float(decoded)
     elif type(decoded) is type(default):

@@ -11,14 +11,12 @@ from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from .dry_run import NORM_KEYS, build_meta, data_paths, known_weights, norms
+from .dry_run import GENERATED, NORM_KEYS, build_meta, data_paths, known_weights, missing_files, norms
 from .modeling import INITIALIZATION_REGISTRY
 from .solver.schedule import parse
 
 # Fewer images than this make batch statistics too noisy to train detectors on.
 MIN_SYNCBN_IMAGES = 8
-# Generated when first read, so their files are never missing, and no COCO recipe fits them.
-GENERATED = "glyphs_"
 DETECTORS = ("GeneralizedRCNN", "ProposalNetwork", "RetinaNet", "PanopticFPN")
 
 
@@ -47,12 +45,11 @@ def nearest(name, names):
 
     Args:
         name (str): a name that does not exist.
-        names (Iterable[str]): those that do.
+        names (Collection[str]): those that do.
 
     Returns:
         str: "; did you mean ...?", or "" when nothing is close.
     """
-    names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     if not close:
         # A right last part under a wrong path (SOLVER.FREEZE_AT) is as telling as a close spelling.
@@ -229,16 +226,16 @@ def _schedule(s):
             yield Problem("SOLVER.SCHEDULE", str(e), 'write e.g. "6x", "220k" or "300"')
             return
     key = "SOLVER.SCHEDULE" if solver.SCHEDULE else "SOLVER.STEPS"
-    steps = list(solver.STEPS)
+    steps = solver.STEPS
     if solver.MAX_ITER <= 0:
         yield Problem(
             "SOLVER.MAX_ITER", f"{solver.MAX_ITER} leaves nothing to train", "set a positive length"
         )
     elif any(not 0 < step < solver.MAX_ITER for step in steps):
-        what = f"SOLVER.STEPS {tuple(steps)} must lie between 0 and SOLVER.MAX_ITER {solver.MAX_ITER}"
+        what = f"SOLVER.STEPS {solver.STEPS} must lie between 0 and SOLVER.MAX_ITER {solver.MAX_ITER}"
         yield Problem(key, what, "drop the rate inside the run, or set SOLVER.SCHEDULE")
     if any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-        yield Problem(key, f"SOLVER.STEPS {tuple(steps)} must increase", "sort them")
+        yield Problem(key, f"SOLVER.STEPS {steps} must increase", "sort them")
 
 
 def _rate(s):
@@ -294,21 +291,19 @@ def _data_sets(s):
 
 def _data_set(s, key, name):
     meta = MetadataCatalog.get(name)
-    if not name.startswith(GENERATED):
-        paths, split = data_paths(name)
-        missing = [p for p in paths if not PathManager.exists(p)]
-        if missing:
-            root = os.environ.get("DETECTRON2_DATASETS")
-            yield Problem(
-                key,
-                f"{name} is not on this machine: tried {', '.join(missing)} (DETECTRON2_DATASETS is "
-                f"{root or 'not set, so ./datasets counts'})",
-                "set DETECTRON2_DATASETS to the folder that holds it, or fetch it",
-            )
-        elif split and key == "DATASETS.TRAIN":
-            with PathManager.open(split) as f:
-                if not f.read().split():
-                    yield Problem(key, f"{name} has no images: {split} is empty", "take another data set")
+    missing, split = missing_files(name), data_paths(name)[1]
+    if missing:
+        root = os.environ.get("DETECTRON2_DATASETS")
+        yield Problem(
+            key,
+            f"{name} is not on this machine: tried {', '.join(missing)} (DETECTRON2_DATASETS is "
+            f"{root or 'not set, so ./datasets counts'})",
+            "set DETECTRON2_DATASETS to the folder that holds it, or fetch it",
+        )
+    elif split and key == "DATASETS.TRAIN":
+        with PathManager.open(split) as f:
+            if not f.read().split():
+                yield Problem(key, f"{name} has no images: {split} is empty", "take another data set")
     arch = s.cfg.MODEL.META_ARCHITECTURE
     group = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}.get(arch)
     classes = meta.get("thing_classes")

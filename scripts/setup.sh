@@ -71,7 +71,7 @@ python=$py
 if ! "$py" -m pip --version >/dev/null 2>&1; then python=${PYTHON:-python3.11}; fi
 command -v "$python" >/dev/null || die "$python not found: install Python 3.11 or set PYTHON"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || die "$python does not run"
-[[ $version == 3.* ]] && ((${version#3.} >= 10)) || die "$python is Python $version, 3.10 or newer is needed"
+[[ $version == 3.* ]] && ((${version#3.} >= 11)) || die "$python is Python $version, 3.11 or newer is needed"
 [ "$python" = "$py" ] || "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   die "$python has no venv or pip: install them (Debian, Ubuntu: apt-get install python$version-venv)"
 

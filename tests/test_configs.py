@@ -7,7 +7,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from rethink_d2 import add_rethink_config, model_zoo
+from rethink_d2 import add_rethink_config, model_zoo, recipe
 from rethink_d2.paper import find, load
 from rethink_d2.solver import schedule
 
@@ -23,10 +23,7 @@ ARM_KEYS = {"MODEL.WEIGHTS", "MODEL.BACKBONE.FREEZE_AT", "OUTPUT_DIR"}
 
 def merged(name):
     """The config as written, unresolved."""
-    cfg = get_cfg()
-    add_rethink_config(cfg)
-    cfg.merge_from_file(str(model_zoo.config_dir() / name))
-    return cfg
+    return recipe.load(str(model_zoo.config_dir() / name), [])
 
 
 def flat(cfg, prefix=""):
@@ -64,6 +61,15 @@ def test_merges(name):
     assert cfg.MODEL.DEVICE == get_cfg().MODEL.DEVICE
     # Lengths come from SOLVER.SCHEDULE alone.
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (get_cfg().SOLVER.MAX_ITER, get_cfg().SOLVER.STEPS)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda r: r.id)
+def test_other_projects_can_merge_it(run):
+    """With Detectron2's own reader, and nothing but this project's keys."""
+    cfg = get_cfg()
+    add_rethink_config(cfg)
+    cfg.merge_from_file(str(model_zoo.config_dir() / run.config))
+    assert cfg.SOLVER.SCHEDULE == run.schedule
 
 
 @pytest.mark.parametrize(

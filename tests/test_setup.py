@@ -78,7 +78,7 @@ def pip_calls(calls):
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"FAKE_VERSION": "3.8"}, "python3.11 is Python 3.8, 3.10 or newer is needed"),
+        ({"FAKE_VERSION": "3.8"}, "python3.11 is Python 3.8, 3.11 or newer is needed"),
         ({"FAKE_VERSION": "2.7"}, "Python 2.7"),
         ({"PYTHON": "no-such-python"}, "no-such-python not found"),
         ({"NO_PIP": "1"}, "python3.11 has no venv or pip"),

@@ -20,14 +20,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 # A detector is trained with horizontal flips, so no class may look like the mirror image of another one:
 # this leaves out e.g. J (L), G (D), Z (S), N (rather like H and M) and all pairs such as b/d and p/q.
-DETECTION_CLASSES: tuple[str, ...] = tuple("ABDEFHKLMPQRSTUVWXYa")
+DETECTION_CLASSES: tuple[str, ...] = tuple("ABCDEFHKLMPQRSTUVWXY")
 
 # Folder name -> character. Sorted by name, as torchvision's ImageFolder numbers its classes that way.
 CLASSIFICATION_CLASSES: dict[str, str] = dict(
     sorted(
         {
             **{f"digit_{c}": c for c in "123456789"},
-            **{f"upper_{c}": c for c in "CGJNZ"},
+            **{f"upper_{c}": c for c in "GJNZ"},
             "greek_Delta": "\u0394",
             "greek_Gamma": "\u0393",
             "greek_Lambda": "\u039b",
@@ -129,7 +129,7 @@ def _edge_points(mask: np.ndarray) -> np.ndarray:
 
     The middle (of the two arms of a U, say), and not any one extreme pixel, makes mirroring the letter the
     same as mirroring its points with left and right swapped; being midway between two points of the mask it
-    also stays within the letter's box under any rotation.
+    also stays within the letter's box under any rotation, but for the width of the band.
     """
     ys, xs = np.nonzero(mask)
     band = 0.03 * max(np.ptp(xs), np.ptp(ys))
@@ -184,8 +184,8 @@ def glyph(font: str, char: str) -> Glyph:
     for i, contour in enumerate(contours):
         parent = int(np.reshape(hierarchy, (-1, 4))[i, 3])
         ring = cv2.approxPolyDP(contour, 0.7, True).reshape(-1, 2)
-        if len(ring) < 3:
-            continue
+        if len(ring) < 3 or cv2.contourArea(contour) < 40:
+            continue  # pinholes, which FreeType's stroker leaves where strokes meet
         ring = (ring - centre) / extent
         if parent < 0:
             outers[i] = ring

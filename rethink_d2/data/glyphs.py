@@ -130,8 +130,10 @@ def _draw(out: str, split: _Split, index: int) -> dict[str, Any]:
     for letter in letters:
         points = np.concatenate(letter["polygons"])
         low, high = points.min(0), points.max(0)
-        # COCO's keypoints are indices of pixels; Detectron2 adds the half again when it loads them.
-        flat = [[round(x - 0.5, 2), round(y - 0.5, 2), 2] for x, y in letter["keypoints"].tolist()]
+        # Simplifying the outline may leave a keypoint outside by a fraction of a pixel. COCO's keypoints are
+        # indices of pixels; Detectron2 adds the half again when it loads them.
+        keypoints = np.clip(letter["keypoints"], low, high) - 0.5
+        flat = [[round(x, 2), round(y, 2), 2] for x, y in keypoints.tolist()]
         annotations.append(
             {
                 "category_id": letter["label"] + 1,
