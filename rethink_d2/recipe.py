@@ -16,7 +16,6 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
 from .config import add_rethink_config
-from .dry_run import missing_files
 from .recipe_checks import Problem, check, nearest
 from .solver.schedule import parse
 
@@ -29,7 +28,6 @@ __all__ = [
     "classify",
     "identity",
     "load",
-    "missing_files",
     "resolve",
     "with_cpu_norm",
 ]

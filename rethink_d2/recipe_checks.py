@@ -11,8 +11,10 @@ from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from .dry_run import GENERATED, NORM_KEYS, build_meta, data_paths, known_weights, missing_files, norms
+from .data.files import GENERATED, data_paths, missing_files
 from .modeling import INITIALIZATION_REGISTRY
+from .modeling.inspection import NORM_KEYS, build_meta, norms
+from .modeling.weights import known_weights
 from .solver.schedule import parse
 
 # Fewer images than this make batch statistics too noisy to train detectors on.

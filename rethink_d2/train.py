@@ -11,12 +11,14 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from . import paper, recipe
+from .data.files import missing_files
 from .data.loader import count_images
-from .dry_run import build_meta, summary
+from .dry_run import summary
 from .engine.record import RunRecord, append_result
 from .engine.trainer import Trainer, build_initialized_model
 from .evaluation import evaluate
 from .launch import launch, share_cores, world_size
+from .modeling.inspection import build_meta
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +72,9 @@ def prepare(args):
 def dry_run(cfg, args):
     """Print the recipe as it would run."""
     names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
-    sizes = {name: count_images(name) for name in names if not recipe.missing_files(name)}
+    sizes = {name: count_images(name) for name in names if not missing_files(name)}
     run = paper.for_config(args.config_file)
-    published = {run.metric: run.published, "source": run.source} if run and run.published else None
-    print(summary(cfg, build_meta(cfg), sizes, world_size(args), published))
+    print(summary(cfg, build_meta(cfg), sizes, world_size(args), run))
 
 
 def main(args):
@@ -89,9 +90,7 @@ def main(args):
         logger.info("No GPU in use: running on the CPU with %d threads", torch.get_num_threads())
     if args.eval_only:
         return evaluate_only(cfg, args)
-    record = RunRecord(
-        cfg.OUTPUT_DIR, run_id=run_id(args), identity=recipe.identity(cfg), seed=cfg.SEED
-    )
+    record = RunRecord(cfg.OUTPUT_DIR, run_id=run_id(args), identity=recipe.identity(cfg), seed=cfg.SEED)
     try:
         trainer = Trainer(cfg)
         trainer.resume_or_load(args.resume)

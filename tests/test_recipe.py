@@ -273,7 +273,7 @@ def test_missing_files_are_listed(monkeypatch, tmp_path):
         MetadataCatalog.get(name).set(json_file=str(tmp_path / "no.json"), image_root=str(tmp_path))
         text = str(problems(good("DATASETS.TEST", (name,)))["DATASETS.TEST"])
         assert "no.json" in text and "/some/where" in text
-        assert recipe.missing_files(name) == [str(tmp_path / "no.json")]
+        assert missing_files(name) == [str(tmp_path / "no.json")]
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
