@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rethink_d2 import add_rethink_config, dry_run, recipe
+from rethink_d2.data.files import missing_files
+from rethink_d2.modeling.inspection import build_meta
 
 SET, VOC = "recipe_test_set", "recipe_test_voc"
 TORCHVISION = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
@@ -328,7 +330,7 @@ def test_identity_takes_local_weights_by_content(tmp_path):
 
 def test_summary_says_what_will_run():
     cfg = good(*SYNCBN, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.CHECKPOINT_PERIOD", 10000)
-    model = dry_run.build_meta(cfg)
+    model = build_meta(cfg)
     assert next(model.parameters()).device == torch.device("meta")
     text = dry_run.summary(cfg, model, {SET: 120000}, 1, {"box AP": 41.3, "source": "Table 1"})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

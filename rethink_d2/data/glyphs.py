@@ -357,6 +357,7 @@ def register(root: str | os.PathLike[str] | None = None) -> None:
         common = {
             "image_root": str(folder / "images"),
             "evaluator_type": "coco",
+            "num_images": spec.count,
             "thing_classes": list(DETECTION_CLASSES),
             "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(DETECTION_CLASSES))},
         }

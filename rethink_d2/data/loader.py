@@ -1,6 +1,7 @@
 """From registered data sets to batches."""
 
 import logging
+import math
 from collections import Counter
 
 from detectron2.data import (
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def drop_unusable(records):
-    """Leave out boxes without an area and count what a data set holds.
+    """Leave out boxes without an area in the image and count what a data set holds.
 
     Args:
         records (list[dict]): images in Detectron2's data set format; not changed.
@@ -31,7 +32,7 @@ def drop_unusable(records):
     """
     kept, counts = [], Counter()
     for record in records:
-        annotations = [a for a in record.get("annotations", []) if _has_area(a)]
+        annotations = [a for a in record.get("annotations", []) if _has_area(a, record)]
         dropped = len(record.get("annotations", [])) - len(annotations)
         crowds = sum(a.get("iscrowd", 0) for a in annotations)
         counts.update(
@@ -47,9 +48,11 @@ def drop_unusable(records):
     return kept, counts
 
 
-def _has_area(annotation):
+def _has_area(annotation, record):
+    """Whether anything of the box is left within the image."""
     x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    return x1 > x0 and y1 > y0
+    width, height = record.get("width", math.inf), record.get("height", math.inf)
+    return min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
 
 
 def training_records(cfg):

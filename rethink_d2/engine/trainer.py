@@ -52,6 +52,7 @@ class Trainer(TrainerBase):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         self.max_iter = cfg.SOLVER.MAX_ITER
         processes = comm.get_world_size()
         self.groups = cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.IMS_PER_GROUP * processes)
@@ -119,10 +120,11 @@ class Trainer(TrainerBase):
     def evaluate(self):
         """Evaluate on every data set of DATASETS.TEST and add the metrics to results.json."""
         everything = {}
+        done = min(self.iter + 1, self.max_iter)  # after the last iteration, iter is max_iter already
         for name in self.cfg.DATASETS.TEST:
             metrics = evaluate(self.cfg, self.model, name)
             if comm.is_main_process():
-                append_result(self.cfg.OUTPUT_DIR, self.iter + 1, name, metrics)
+                append_result(self.cfg.OUTPUT_DIR, done, name, metrics)
             prefix = f"{name}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
             everything.update({prefix + k: v for k, v in metrics.items()})
         return everything

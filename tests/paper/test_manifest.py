@@ -5,6 +5,7 @@ import pytest
 
 from rethink_d2 import model_zoo
 from rethink_d2.paper import find, for_config, load
+from rethink_d2.paper.__main__ import table
 from rethink_d2.solver import schedule
 
 RUNS = load()
@@ -119,3 +120,8 @@ def test_for_config(path):
 )
 def test_for_config_of_another_config(path):
     assert for_config(path) is None
+
+
+def test_the_readme_shows_the_manifests_table():
+    readme = Path(__file__).parents[2] / "README.md"
+    assert table() in readme.read_text()
