@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -141,6 +142,19 @@ def test_the_papers_config_on_genuine_coco(run_train, real_data, tmp_path):
     options[options.index("SOLVER.SCHEDULE") + 1] = "4"
     done = run_train("--resume", "--config-file", config, *options)
     assert "Starting training from iteration 3" in done.stdout
+
+
+@pytest.mark.slow
+def test_quickstart_learns_letters_from_random_weights(glyph_cache, tmp_path):
+    """The README's main job, whole: AP, the leap at the rate drop, and the pictures."""
+    command = [sys.executable, "-m", "rethink_d2.quickstart", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ap = {r["iteration"]: r["bbox/AP"] for r in json.loads((tmp_path / "results.json").read_text())}
+    assert ap[500] > 55
+    assert ap[400] - ap[300] > 5, "the rate drops at 333"
+    assert (tmp_path / "ap_curve.png").stat().st_size > 5000
+    assert (tmp_path / "detections.png").stat().st_size > 20000
 
 
 @pytest.mark.slow
