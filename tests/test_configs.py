@@ -177,4 +177,4 @@ def test_mini_builds(name):
 
 def test_mini_schedule_keeps_the_proportions():
     cfg = merged(MINI[0])
-    assert schedule.parse(cfg.SOLVER.SCHEDULE, cfg.SOLVER.IMS_PER_BATCH) == (500, (333, 444))
+    assert schedule.parse(cfg.SOLVER.SCHEDULE, cfg.SOLVER.IMS_PER_BATCH) == (540, (360, 480))

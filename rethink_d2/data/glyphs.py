@@ -5,7 +5,7 @@ use of a data set, into a folder under :func:`cache_root`. Importing this module
 
 =========================================  ==========================================================
 ``glyphs_train``, ``glyphs_val``           2,000 and 400 pictures, 20 classes, boxes and masks
-``glyphs_train_100``                       the first 100 pictures of ``glyphs_train``
+``glyphs_train_100``, ``glyphs_val_100``   the first 100 pictures of ``glyphs_train``, ``glyphs_val``
 ``glyphs_tiny_train``, ``glyphs_tiny_val`` 32 and 16 pictures, for tests
 ``glyphs_keypoints_<split>``               the pictures of ``glyphs_<split>``, with four keypoints a letter
 ``glyphs_classify_train``, ``..._val``     4,000 and 480 single characters, of classes that are not above
@@ -78,6 +78,7 @@ _SPLITS: dict[str, _Split] = {
     "train": _Split("train", "train", 2000),
     "val": _Split("val", "val", 400),
     "train_100": _Split("train_100", "train", 100),
+    "val_100": _Split("val_100", "val", 100),
     "tiny_train": _Split("tiny_train", "tiny_train", 32),
     "tiny_val": _Split("tiny_val", "tiny_val", 16),
     "classify_train": _Split("classify/train", "classify_train", 4000, "classify"),

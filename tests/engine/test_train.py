@@ -150,9 +150,11 @@ def test_quickstart_learns_letters_from_random_weights(glyph_cache, tmp_path):
     command = [sys.executable, "-m", "rethink_d2.quickstart", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    ap = {r["iteration"]: r["bbox/AP"] for r in json.loads((tmp_path / "results.json").read_text())}
-    assert ap[500] > 55
-    assert ap[400] - ap[300] > 5, "the rate drops at 333"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results[-1]["dataset"] == "glyphs_val" and results[-1]["iteration"] == 540
+    assert results[-1]["bbox/AP"] > 55
+    ap = {r["iteration"]: r["bbox/AP"] for r in results if r["dataset"] == "glyphs_val_100"}
+    assert ap[400] - ap[360] > 3, "the rate drops at 360"
     assert (tmp_path / "ap_curve.png").stat().st_size > 5000
     assert (tmp_path / "detections.png").stat().st_size > 20000
 
