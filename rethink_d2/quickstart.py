@@ -43,6 +43,7 @@ def cli(argv=None):
 
     curve = os.path.join(args.output, "ap_curve.png")
     points = [(r["iteration"], r["bbox/AP"]) for r in results if r["dataset"] != HELD_OUT]
+    points = [(i, 0.0 if ap is None else ap) for i, ap in points]  # nothing detected yet
     curve_picture({"from random weights": points}, cfg.SOLVER.STEPS, curve, "box AP")
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

@@ -1,6 +1,7 @@
 """run.json and results.json: what a run is, how it stands, and what it reached."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import time
@@ -55,7 +56,9 @@ def append_result(folder, iteration, dataset, metrics):
     """Add one evaluation to ``results.json``; a repeat of the same one replaces it."""
     path = os.path.join(folder, "results.json")
     rows = [r for r in read_json(path, []) if (r["iteration"], r["dataset"]) != (iteration, dataset)]
-    write_json(path, [*rows, {"iteration": iteration, "dataset": dataset, **metrics}])
+    # Without any detection Detectron2's AP is NaN, which JSON does not have.
+    known = {k: None if math.isnan(v) else v for k, v in metrics.items()}
+    write_json(path, [*rows, {"iteration": iteration, "dataset": dataset, **known}])
 
 
 def _versions():

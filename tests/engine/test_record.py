@@ -1,0 +1,26 @@
+import json
+
+from rethink_d2.engine.record import RunRecord, append_result
+
+
+def test_a_repeated_evaluation_replaces_the_first_and_nan_becomes_null(tmp_path):
+    append_result(str(tmp_path), 10, "a", {"bbox/AP": float("nan")})
+    append_result(str(tmp_path), 10, "b", {"bbox/AP": 2.0})
+    append_result(str(tmp_path), 20, "a", {"bbox/AP": 3.0})
+    append_result(str(tmp_path), 10, "b", {"bbox/AP": 4.0})
+    rows = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: 1 / 0)
+    found = {(r["iteration"], r["dataset"]): r["bbox/AP"] for r in rows}
+    assert found == {(10, "a"): None, (20, "a"): 3.0, (10, "b"): 4.0}
+
+
+def test_a_second_start_keeps_when_the_run_began_and_adds_its_time(tmp_path):
+    made = {"run_id": "r", "identity": "i", "seed": 1}
+    first = RunRecord(str(tmp_path), **made)
+    first.value["started"] = "2000-01-01T00:00:00Z"
+    first._seconds_before = 100.0
+    first.write("failed", "ValueError: x")
+    again = RunRecord(str(tmp_path), **made)
+    again.write("done")
+    value = json.loads((tmp_path / "run.json").read_text())
+    assert value["started"].startswith("2000") and value["seconds"] >= 100
+    assert value["state"] == "done" and value["last_error"] is None
