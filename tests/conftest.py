@@ -42,6 +42,6 @@ def run_train(glyph_cache):
 
     def run(*args, prefix=(sys.executable,), **kwargs):
         command = [*prefix, str(ROOT / "train_net.py"), *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=500, **kwargs)
+        return subprocess.run(command, capture_output=True, text=True, timeout=1400, **kwargs)
 
     return run
