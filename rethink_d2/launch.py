@@ -51,6 +51,12 @@ def launch(main, args):
         dist.destroy_process_group()
 
 
+def fall_back_to_cpu(cfg):
+    """Set MODEL.DEVICE to cpu, in place, where there is no CUDA GPU."""
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+
+
 def share_cores():
     """Divide this machine's cores among its CPU processes, which would otherwise each take all."""
     local = comm.get_local_size() if dist.is_initialized() else 1

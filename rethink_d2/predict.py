@@ -5,11 +5,11 @@ import os
 import sys
 
 import cv2
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 from . import recipe
+from .launch import fall_back_to_cpu
 from .visualize import draw_detections
 
 
@@ -35,8 +35,7 @@ def cli(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 2
     cfg.MODEL.WEIGHTS = args.weights
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    fall_back_to_cpu(cfg)
     predictor = DefaultPredictor(cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     os.makedirs(args.output, exist_ok=True)

@@ -5,12 +5,12 @@ import os
 import sys
 import time
 
-import torch
 from detectron2.engine import DefaultPredictor
 from tabulate import tabulate
 
 from . import model_zoo, recipe, train
 from .files import read_json
+from .launch import fall_back_to_cpu
 from .visualize import curve_picture, detections_picture
 
 CONFIG = "mini/scratch_mask_rcnn_R_18_FPN_gn.yaml"
@@ -34,8 +34,7 @@ def show(folder, cfg):
     points = [(r["iteration"], r["bbox/AP"]) for r in results if r["dataset"] != HELD_OUT]
     points = [(i, 0.0 if ap is None else ap) for i, ap in points]  # nothing detected yet
     curve_picture({"from random weights": points}, cfg.SOLVER.STEPS, curve, "box AP")
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    fall_back_to_cpu(cfg)
     picture = os.path.join(folder, "detections.png")
     detections_picture(DefaultPredictor(cfg), cfg.DATASETS.TEST[0], picture)
 

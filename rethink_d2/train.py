@@ -14,10 +14,9 @@ from . import paper, recipe
 from .data.files import missing_files
 from .data.loader import count_images
 from .dry_run import summary
-from .engine.record import RunRecord, append_result
-from .engine.trainer import Trainer, build_initialized_model
-from .evaluation import evaluate
-from .launch import launch, share_cores, world_size
+from .engine.record import RunRecord
+from .engine.trainer import Trainer, build_initialized_model, evaluate_all
+from .launch import fall_back_to_cpu, launch, share_cores, world_size
 from .modeling.inspection import build_meta
 
 logger = logging.getLogger(__name__)
@@ -52,13 +51,12 @@ def prepare(args):
         ValueError: a bad key, value, or number of processes, with the cure.
     """
     cfg = recipe.load(args.config_file, args.opts)
-    if not torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu":
-        if args.num_gpus > 1:
-            raise ValueError(
-                f"--num-gpus {args.num_gpus}: this machine has no CUDA GPU. To train with several CPU "
-                "processes, add MODEL.DEVICE cpu"
-            )
-        cfg.MODEL.DEVICE = "cpu"
+    if args.num_gpus > 1 and not torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu":
+        raise ValueError(
+            f"--num-gpus {args.num_gpus}: this machine has no CUDA GPU. To train with several CPU "
+            "processes, add MODEL.DEVICE cpu"
+        )
+    fall_back_to_cpu(cfg)
     if cfg.MODEL.DEVICE == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
     processes = world_size(args)
@@ -108,11 +106,7 @@ def evaluate_only(cfg, args):
     model = build_initialized_model(cfg)
     checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
     loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    iteration = loaded.get("iteration", -1) + 1  # 0: weights without a training state
-    for name in cfg.DATASETS.TEST:
-        metrics = evaluate(cfg, model, name)
-        if comm.is_main_process():
-            append_result(cfg.OUTPUT_DIR, iteration, name, metrics)
+    evaluate_all(cfg, model, loaded.get("iteration", -1) + 1)
 
 
 def cli(argv=None):

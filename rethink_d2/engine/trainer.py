@@ -35,6 +35,27 @@ def build_initialized_model(cfg):
     return model
 
 
+def evaluate_all(cfg, model, iteration):
+    """Evaluate on every data set of DATASETS.TEST and add the metrics to results.json.
+
+    Args:
+        cfg (CfgNode): a resolved config; its OUTPUT_DIR holds results.json.
+        model (nn.Module): the model. Every process must call this.
+        iteration (int): number of iterations it has trained; 0 for weights of unknown training.
+
+    Returns:
+        dict[str, float]: flat metrics, with the data set before the name if there are several.
+    """
+    everything = {}
+    for name in cfg.DATASETS.TEST:
+        metrics = evaluate(cfg, model, name)
+        if comm.is_main_process():
+            append_result(cfg.OUTPUT_DIR, iteration, name, metrics)
+        prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
+        everything.update({prefix + k: v for k, v in metrics.items()})
+    return everything
+
+
 class Trainer(TrainerBase):
     """Trains what a resolved config describes.
 
@@ -118,16 +139,9 @@ class Trainer(TrainerBase):
         return self.model.no_sync()
 
     def evaluate(self):
-        """Evaluate on every data set of DATASETS.TEST and add the metrics to results.json."""
-        everything = {}
-        done = min(self.iter + 1, self.max_iter)  # after the last iteration, iter is max_iter already
-        for name in self.cfg.DATASETS.TEST:
-            metrics = evaluate(self.cfg, self.model, name)
-            if comm.is_main_process():
-                append_result(self.cfg.OUTPUT_DIR, done, name, metrics)
-            prefix = f"{name}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
-            everything.update({prefix + k: v for k, v in metrics.items()})
-        return everything
+        """Evaluate as :func:`evaluate_all` does, under the number of iterations done."""
+        # After the last iteration, iter is max_iter already.
+        return evaluate_all(self.cfg, self.model, min(self.iter + 1, self.max_iter))
 
     def _build_hooks(self):
         cfg = self.cfg
