@@ -26,6 +26,8 @@ class ProgressPrinter(EventWriter):
     def write(self):
         storage = get_event_storage()
         done = storage.iter + 1
+        if done > self._max_iter:  # the writers are called once more after the last iteration
+            return
         now = time.perf_counter()
         losses = {k: v.median(20) for k, v in storage.histories().items() if "loss" in k}
         total = losses.pop("total_loss", None)

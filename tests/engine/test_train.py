@@ -45,7 +45,7 @@ def test_a_run_leaves_its_record(finished):
     assert losses and all(map(math.isfinite, losses))
     assert list(finished.glob("events.out.tfevents*"))
     log = (finished / "log.txt").read_text()
-    assert "iter 6/6" in log and "epoch" in log and "CPU" in log
+    assert "iter 6/6" in log and "iter 7/6" not in log and "epoch" in log and "CPU" in log
 
 
 def test_evaluation_alone_repeats_the_training_runs_numbers(finished, run_train, tmp_path):
