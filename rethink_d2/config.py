@@ -23,3 +23,27 @@ def add_rethink_config(cfg):
     # processes such groups per iteration and averages their gradients.
     # 0 means IMS_PER_BATCH / processes: no accumulation, as stock Detectron2.
     cfg.SOLVER.IMS_PER_GROUP = 0
+
+    # The sample reader, a name in data/mapper.py's DATASET_MAPPER_REGISTRY.
+    cfg.INPUT.MAPPER = "CountingMapper"
+    # Image classification (data/classification.py), pixels: training takes a random crop of RELATIVE_AREA
+    # of the image and resizes it to CROP_SIZE; evaluation resizes the shorter side to
+    # INPUT.MIN_SIZE_TEST and takes the central CROP_SIZE.
+    cfg.INPUT.CLASSIFICATION = CN({"CROP_SIZE": 224, "RELATIVE_AREA": (0.08, 1.0)})
+
+    # The meta-architecture "Classifier" (modeling/classifier.py): number of classes, the backbone's feature
+    # to classify, the side it is average-pooled to, and hidden fully connected layers (VGG's fc6, fc7).
+    cfg.MODEL.CLASSIFIER = CN(
+        {"NUM_CLASSES": 1000, "IN_FEATURE": "res5", "POOLER_RESOLUTION": 1, "FC_DIMS": []}
+    )
+    # build_vgg16_backbone (modeling/vgg.py): NORM "" for none, WIDTH the channels of the first stage (64 in
+    # VGG-16), OUT_FEATURES among conv1..conv5.
+    cfg.MODEL.VGG = CN({"NORM": "", "WIDTH": 64, "OUT_FEATURES": ["conv5"]})
+    # LastStageMaskCascadeROIHeads (modeling/cascade.py): True trains the mask head on the boxes that enter
+    # the last stage (the paper's reading), False on the first stage's proposals (Detectron2's way).
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.MASK_ON_LAST_STAGE = True
+
+    # Test-time augmentation (modeling/tta.py): views per forward pass, and the IoU from which on boxes
+    # vote on the place of a kept one (0 for no voting).
+    cfg.TEST.AUG.IMS_PER_BATCH = 1
+    cfg.TEST.AUG.BOX_VOTE_THRESH = 0.9

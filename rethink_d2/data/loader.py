@@ -15,7 +15,7 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from .mapper import CountingMapper
+from .mapper import build_mapper
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ def training_records(cfg):
     )
     records, counts = drop_unusable(records)
     logger.info("%s: %s", ", ".join(cfg.DATASETS.TRAIN), ", ".join(f"{v} {k}" for k, v in counts.items()))
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+    # Image classification has no annotations to be empty.
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in r for r in records):
         records = filter_images_with_only_crowd_annotations(records)
     if not records:
         raise ValueError(
@@ -91,7 +92,7 @@ def build_train_loader(cfg, records):
     return build_detection_train_loader(
         cfg,
         dataset=records,
-        mapper=CountingMapper(cfg, True),
+        mapper=build_mapper(cfg, True),
         total_batch_size=cfg.SOLVER.IMS_PER_GROUP * comm.get_world_size(),
     )
 

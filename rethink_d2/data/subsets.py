@@ -1,0 +1,1 @@
+"""Subsets of COCO-format data sets."""

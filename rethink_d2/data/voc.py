@@ -1,0 +1,1 @@
+"""PASCAL VOC as the paper uses it."""

@@ -1,0 +1,1 @@
+"""Top-1 and top-5 accuracy."""

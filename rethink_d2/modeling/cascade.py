@@ -1,0 +1,1 @@
+"""Cascade R-CNN with the mask head on the last stage."""

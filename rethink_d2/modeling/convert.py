@@ -1,0 +1,1 @@
+"""Public weights into this project's names."""
