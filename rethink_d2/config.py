@@ -23,7 +23,26 @@ def add_rethink_config(cfg):
     # processes such groups per iteration and averages their gradients.
     # 0 means IMS_PER_BATCH / processes: no accumulation, as stock Detectron2.
     cfg.SOLVER.IMS_PER_GROUP = 0
+    # Mixed precision (SOLVER.AMP.ENABLED): "float16", "bfloat16", or "" for float16 on a GPU and bfloat16
+    # on a CPU, which has no need to scale the loss.
+    cfg.SOLVER.AMP.DTYPE = ""
+    # For a phase of another model that starts from a run's checkpoint (engine/start.py): how long that run
+    # has trained, as a length like SOLVER.SCHEDULE ("6x"); "" for a run of its own.
+    cfg.SOLVER.CASCADE_FROM = ""
+    # Checkpoints: keep the newest N (0: all) beside those after BRANCH_POINTS iterations and the best by
+    # this metric of DATASETS.TEST (e.g. "bbox/AP"; "" for none).
+    cfg.SOLVER.CHECKPOINT_KEEP = 0
+    cfg.SOLVER.CHECKPOINT_BEST = ""
+    cfg.SOLVER.BRANCH_POINTS = ()
+    # Write checkpoints on a thread while training goes on, from a copy of the state.
+    cfg.SOLVER.CHECKPOINT_BACKGROUND = True
+    # Whether a checkpoint that cannot be written (disk full) stops the run, or is only reported.
+    cfg.SOLVER.CHECKPOINT_REQUIRED = True
+    # How many updates whose loss or gradient is not finite may be left out before the run is stopped.
+    cfg.SOLVER.SKIP_NONFINITE = 0
 
+    # A missing or corrupt image: "stop", or "skip" to take another image in its place and count.
+    cfg.DATALOADER.ON_BAD_IMAGE = "stop"
     # The sample reader, a name in data/mapper.py's DATASET_MAPPER_REGISTRY.
     cfg.INPUT.MAPPER = "CountingMapper"
     # Image classification (data/classification.py), pixels: training takes a random crop of RELATIVE_AREA

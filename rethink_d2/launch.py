@@ -1,5 +1,6 @@
 """Start the processes of a run: one, several on this machine, or torchrun's."""
 
+import contextlib
 import logging
 import os
 
@@ -7,6 +8,8 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
+
+from .preemption import forward_to_children
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +34,16 @@ def launch(main, args):
         args (argparse.Namespace): Detectron2's launch arguments.
     """
     if not under_torchrun():
-        detectron2_launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        several = args.num_gpus * args.num_machines > 1
+        with forward_to_children() if several else contextlib.nullcontext():
+            detectron2_launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
         return
     gpu = torch.cuda.is_available()
     if gpu:

@@ -12,7 +12,6 @@ import difflib
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
@@ -87,6 +86,7 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
         device: overrides MODEL.DEVICE. Without one, the CPU is used if there is no GPU.
     """
     from .modeling.initialization import initialize
+    from .modeling.safe_weights import SafeCheckpointer
 
     cfg = get_config(name, trained)
     if device is None and not torch.cuda.is_available():
@@ -97,5 +97,5 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     model = build_model(cfg)
     initialize(model, cfg.MODEL.INIT.POLICY)
     if trained:
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model

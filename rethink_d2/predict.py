@@ -10,6 +10,7 @@ from detectron2.engine import DefaultPredictor
 
 from . import recipe
 from .launch import fall_back_to_cpu
+from .modeling.safe_weights import SafeCheckpointer
 from .visualize import draw_detections
 
 
@@ -34,9 +35,10 @@ def cli(argv=None):
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    cfg.MODEL.WEIGHTS = args.weights
+    cfg.MODEL.WEIGHTS = ""
     fall_back_to_cpu(cfg)
     predictor = DefaultPredictor(cfg)
+    SafeCheckpointer(predictor.model).load(args.weights)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     os.makedirs(args.output, exist_ok=True)
     unreadable = 0

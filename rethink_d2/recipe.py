@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from ast import literal_eval
+from itertools import zip_longest
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -26,9 +27,12 @@ __all__ = [
     "Problem",
     "check",
     "classify",
+    "differences",
     "identity",
     "load",
     "resolve",
+    "settings",
+    "shared_iterations",
     "with_cpu_norm",
 ]
 
@@ -44,7 +48,16 @@ FREE = frozenset(
         "MODEL.DEVICE",
         "DATALOADER.NUM_WORKERS",
         "SOLVER.CHECKPOINT_PERIOD",
+        "SOLVER.CHECKPOINT_KEEP",
+        "SOLVER.CHECKPOINT_BEST",
+        "SOLVER.CHECKPOINT_BACKGROUND",
+        "SOLVER.CHECKPOINT_REQUIRED",
+        "SOLVER.BRANCH_POINTS",
+        # These two decide whether a run with bad input goes on at all.
+        "SOLVER.SKIP_NONFINITE",
+        "DATALOADER.ON_BAD_IMAGE",
         "TEST.EVAL_PERIOD",
+        "TEST.AUG.IMS_PER_BATCH",
         "TEST.EXPECTED_RESULTS",
     }
 )
@@ -60,11 +73,14 @@ EVALUATION_KEYS = frozenset(
         "MODEL.PIXEL_STD",
         "MODEL.ROI_HEADS.NUM_CLASSES",
         "MODEL.RETINANET.NUM_CLASSES",
+        "MODEL.CLASSIFIER.NUM_CLASSES",
         "INPUT.FORMAT",
+        "INPUT.MAPPER",
+        "INPUT.MIN_SIZE_TEST",
         "DATASETS.TEST",
     }
 )
-_NORMED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+_NORMED = ("RESNETS", "VGG", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 
 
 def classify(key):
@@ -158,6 +174,13 @@ def _merge(cfg, leaves, source):
         node[last] = _coerce(key, value, known[key], source)
 
 
+def default_config():
+    """Detectron2's defaults and this project's."""
+    cfg = get_cfg()
+    add_rethink_config(cfg)
+    return cfg
+
+
 def load(config_file, opts):
     """Read a config file and command line overrides.
 
@@ -172,8 +195,7 @@ def load(config_file, opts):
         ValueError: no such file, or a key or value that does not exist or fit; says where, and what
             was probably meant.
     """
-    cfg = get_cfg()
-    add_rethink_config(cfg)
+    cfg = default_config()
     if config_file:
         try:
             tree = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
@@ -297,6 +319,23 @@ def _digest(path):
     return digest.hexdigest()
 
 
+def settings(cfg):
+    """Everything that decides what a run computes.
+
+    Args:
+        cfg (CfgNode): a resolved config.
+
+    Returns:
+        dict[str, object]: value by dotted key, without those in :data:`FREE`, as JSON has it. Local weights
+        enter by their content, so that moving the file is no change.
+    """
+    leaves = {key: value for key, value in flatten(cfg).items() if classify(key) != "free"}
+    digest = _digest(cfg.MODEL.WEIGHTS)
+    if digest is not None:
+        leaves["MODEL.WEIGHTS"] = f"sha256:{digest}"
+    return json.loads(json.dumps(leaves))
+
+
 def identity(cfg):
     """Name what a run computes: equal for two configs that must give the same result.
 
@@ -304,12 +343,44 @@ def identity(cfg):
         cfg (CfgNode): a resolved config.
 
     Returns:
-        str: a sha256 in hex over every key that is not in :data:`FREE`. Local weights enter by their
-        content, so that moving the file is no change.
+        str: a sha256 in hex over :func:`settings`.
     """
-    leaves = {key: value for key, value in flatten(cfg).items() if classify(key) != "free"}
-    digest = _digest(cfg.MODEL.WEIGHTS)
-    if digest is not None:
-        leaves["MODEL.WEIGHTS"] = f"sha256:{digest}"
-    text = json.dumps(leaves, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(settings(cfg), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old, new):
+    """Compare what two configs compute.
+
+    Args:
+        old (dict), new (dict): from :func:`settings`. A key that one lacks, because another version wrote
+            it, counts as having its default.
+
+    Returns:
+        dict[str, tuple]: old and new value by key, for those that differ.
+    """
+    defaults = flatten(default_config())
+    default = {key: json.loads(json.dumps(value)) for key, value in defaults.items()}
+    return {
+        key: (old.get(key, default.get(key)), new.get(key, default.get(key)))
+        for key in sorted({*old, *new})
+        if old.get(key, default.get(key)) != new.get(key, default.get(key))
+    }
+
+
+def shared_iterations(old, new):
+    """How many iterations two runs have in common that differ in their schedule at most.
+
+    Args:
+        old (dict), new (dict): from :func:`settings`.
+
+    Returns:
+        int: the rate of all earlier iterations is the same in both; at most the length of the shorter run.
+    """
+    shortest = min(old["SOLVER.MAX_ITER"], new["SOLVER.MAX_ITER"])
+    steps = zip_longest(old["SOLVER.STEPS"], new["SOLVER.STEPS"], fillvalue=shortest)
+    if not differences(old, new).keys() & SCHEDULE:
+        return shortest
+    if old["SOLVER.LR_SCHEDULER_NAME"] != "WarmupMultiStepLR" or old["SOLVER.RESCALE_INTERVAL"]:
+        return 0  # such rates depend on the length from the first iteration on
+    return min([shortest, *(min(a, b) for a, b in steps if a != b)])

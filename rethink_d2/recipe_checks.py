@@ -11,7 +11,8 @@ from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from .data.files import GENERATED, data_paths, missing_files
+from .data.classification import class_names
+from .data.files import data_paths, is_generated, missing_files, remedy
 from .modeling import INITIALIZATION_REGISTRY
 from .modeling.inspection import NORM_KEYS, build_meta, norms
 from .modeling.weights import known_weights
@@ -19,6 +20,8 @@ from .solver.schedule import parse
 
 # Fewer images than this make batch statistics too noisy to train detectors on.
 MIN_SYNCBN_IMAGES = 8
+# The parts that a backbone without its neck can be.
+BODY = ("backbone", "backbone.bottom_up")
 DETECTORS = ("GeneralizedRCNN", "ProposalNetwork", "RetinaNet", "PanopticFPN")
 
 
@@ -87,16 +90,26 @@ class Subject:
     @property
     def body(self):
         """The kinds of normalization in the backbone without its neck."""
-        return set(self.parts.get("backbone.bottom_up", ())) | set(self.parts.get("backbone", ()))
+        return set().union(*(self.parts.get(part, ()) for part in BODY))
+
+    @property
+    def body_group(self):
+        """The config group below MODEL that describes the backbone without its neck."""
+        return "VGG" if "vgg" in self.cfg.MODEL.BACKBONE.NAME else "RESNETS"
+
+    def norm_key(self, part):
+        """The key that sets the normalization of a part of the model."""
+        return f"MODEL.{self.body_group}.NORM" if part in BODY else NORM_KEYS.get(part, "MODEL")
 
 
 def _frozen_start(s):
     at = s.cfg.MODEL.BACKBONE.FREEZE_AT
     if s.scratch and at > 0:
+        cost = "R50 36.2 instead of 39.5, R101 37.5 instead of 41.0, Detectron's GN model zoo page"
+        cost = f" (costs box AP at 3x: {cost})" if s.detector else ""
         yield Problem(
             "MODEL.BACKBONE.FREEZE_AT",
-            f"{at} keeps the first stages at their random values, because MODEL.WEIGHTS is empty (costs box "
-            "AP at 3x: R50 36.2 instead of 39.5, R101 37.5 instead of 41.0, Detectron's GN model zoo page)",
+            f"{at} keeps the first stages at their random values, because MODEL.WEIGHTS is empty{cost}",
             "set MODEL.BACKBONE.FREEZE_AT 0",
         )
 
@@ -105,9 +118,9 @@ def _scratch_norm(s):
     if not s.scratch:
         return
     for part, kinds in s.parts.items():
-        key = NORM_KEYS.get(part, "MODEL")
+        key = s.norm_key(part)
         # FREEZE_AT makes FrozenBN of any batch norm; its own rule says so.
-        named = part not in ("backbone", "backbone.bottom_up") or s.cfg.MODEL.RESNETS.NORM == "FrozenBN"
+        named = part not in BODY or s.cfg.MODEL[s.body_group].NORM == "FrozenBN"
         if kinds["FrozenBN"] and (named or s.cfg.MODEL.BACKBONE.FREEZE_AT == 0):
             what = "frozen batch norm normalizes nothing without the statistics of MODEL.WEIGHTS"
         elif kinds["BN"] and s.detector:
@@ -123,7 +136,7 @@ def _syncbn_batch(s):
         return
     for part, kinds in s.parts.items():
         if any("SyncBN" in kind for kind in kinds):
-            key = NORM_KEYS.get(part, "MODEL")
+            key = s.norm_key(part)
             yield Problem(
                 "SOLVER.IMS_PER_GROUP",
                 f"{key} is a synchronized batch norm, but its statistics would come from only {images} "
@@ -142,8 +155,9 @@ def _widths(s):
         body["MODEL.RESNETS.WIDTH_PER_GROUP"] = m.RESNETS.NUM_GROUPS * m.RESNETS.WIDTH_PER_GROUP
     heads = ("MODEL.ROI_BOX_HEAD", m.ROI_BOX_HEAD), ("MODEL.ROI_MASK_HEAD", m.ROI_MASK_HEAD)
     groups = [(m.RESNETS.NORM, body if "resnet" in m.BACKBONE.NAME else {})]
-    groups.append((m.FPN.NORM, {"MODEL.FPN.OUT_CHANNELS": m.FPN.OUT_CHANNELS}))
-    groups += [(node.NORM, {f"{key}.CONV_DIM": node.CONV_DIM}) for key, node in heads]
+    if s.detector:
+        groups.append((m.FPN.NORM, {"MODEL.FPN.OUT_CHANNELS": m.FPN.OUT_CHANNELS}))
+        groups += [(node.NORM, {f"{key}.CONV_DIM": node.CONV_DIM}) for key, node in heads]
     for norm, widths in groups:
         for key, width in widths.items():
             if norm == "GN" and width % 32:
@@ -177,12 +191,15 @@ def _weights(s):
     if known is None or not s.body:
         return
     if not s.body <= set(known.fits):
+        key = s.norm_key("backbone")
         yield Problem(
-            "MODEL.RESNETS.NORM",
+            key,
             f"{name} {known.holds}, but the backbone is normalized by {', '.join(sorted(s.body))}",
-            f"set MODEL.RESNETS.NORM to one of {', '.join(known.fits)}, or take other MODEL.WEIGHTS",
+            f"set {key} to one of {', '.join(known.fits)}, or take other MODEL.WEIGHTS",
         )
-    if known.stride_in_1x1 is not None and s.cfg.MODEL.RESNETS.STRIDE_IN_1X1 != known.stride_in_1x1:
+    if s.body_group != "RESNETS" or known.stride_in_1x1 is None:
+        return
+    if s.cfg.MODEL.RESNETS.STRIDE_IN_1X1 != known.stride_in_1x1:
         yield Problem(
             "MODEL.RESNETS.STRIDE_IN_1X1",
             f"{name} was trained with {known.stride_in_1x1}",
@@ -242,7 +259,7 @@ def _schedule(s):
 
 def _rate(s):
     solver, train = s.cfg.SOLVER, s.cfg.DATASETS.TRAIN
-    if not s.detector or (train and all(name.startswith(GENERATED) for name in train)):
+    if not s.detector or (train and all(map(is_generated, train))):
         return
     want = 0.02 * solver.IMS_PER_BATCH / 16
     if abs(solver.BASE_LR - want) > 0.01 * want:
@@ -267,6 +284,21 @@ def _batch(s):
         )
     if s.cfg.SEED < 0:
         yield Problem("SEED", f"{s.cfg.SEED} means an unrecorded random seed", "set SEED 1, or any from 0 up")
+
+
+def _classification(s):
+    inputs = s.cfg.INPUT
+    if s.cfg.MODEL.META_ARCHITECTURE != "Classifier":
+        return
+    if inputs.MAPPER == "CountingMapper":
+        what = f"{inputs.MAPPER} reads images for detection, not with their classes"
+        yield Problem("INPUT.MAPPER", what, 'set INPUT.MAPPER "ClassificationMapper"')
+    if 0 < inputs.MIN_SIZE_TEST < inputs.CLASSIFICATION.CROP_SIZE:
+        yield Problem(
+            "INPUT.MIN_SIZE_TEST",
+            f"{inputs.MIN_SIZE_TEST} is smaller than INPUT.CLASSIFICATION.CROP_SIZE, which is cut out of it",
+            f"set INPUT.MIN_SIZE_TEST {inputs.CLASSIFICATION.CROP_SIZE} or more",
+        )
 
 
 def _policy(s):
@@ -300,15 +332,22 @@ def _data_set(s, key, name):
             key,
             f"{name} is not on this machine: tried {', '.join(missing)} (DETECTRON2_DATASETS is "
             f"{root or 'not set, so ./datasets counts'})",
-            "set DETECTRON2_DATASETS to the folder that holds it, or fetch it",
+            remedy(name),
         )
     elif split and key == "DATASETS.TRAIN":
         with PathManager.open(split) as f:
             if not f.read().split():
                 yield Problem(key, f"{name} has no images: {split} is empty", "take another data set")
     arch = s.cfg.MODEL.META_ARCHITECTURE
-    group = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}.get(arch)
+    group = {
+        "GeneralizedRCNN": "ROI_HEADS",
+        "PanopticFPN": "ROI_HEADS",
+        "RetinaNet": "RETINANET",
+        "Classifier": "CLASSIFIER",
+    }.get(arch)
     classes = meta.get("thing_classes")
+    if meta.get("evaluator_type") == "classification" and not missing:
+        classes = class_names(name)
     if group and classes and s.cfg.MODEL[group].NUM_CLASSES != len(classes):
         yield Problem(
             f"MODEL.{group}.NUM_CLASSES",
@@ -318,7 +357,7 @@ def _data_set(s, key, name):
 
 
 MODEL_RULES = (_frozen_start, _scratch_norm, _syncbn_batch, _widths, _weights, _pixels, _policy)
-TRAINING_RULES = (_schedule, _rate, _batch, _data_sets)
+TRAINING_RULES = (_schedule, _rate, _batch, _classification, _data_sets)
 
 
 def check(cfg, world_size=1):

@@ -5,19 +5,24 @@ import os
 import sys
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from filelock import FileLock, Timeout
 
 from . import paper, recipe
 from .data.files import missing_files
 from .data.loader import count_images
 from .dry_run import summary
+from .engine.checkpoint import CheckpointError
 from .engine.record import RunRecord
+from .engine.start import agree_on, find_start
 from .engine.trainer import Trainer, build_initialized_model, evaluate_all
-from .launch import fall_back_to_cpu, launch, share_cores, world_size
+from .files import read_json
+from .launch import fall_back_to_cpu, launch, share_cores, under_torchrun, world_size
 from .modeling.inspection import build_meta
+from .modeling.safe_weights import SafeCheckpointer
+from .preemption import EXIT_CODE, Preempted, Preemption
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +34,26 @@ MEMORY_ADVICE = (
 
 
 def argument_parser():
-    """Detectron2's arguments and ``--dry-run``."""
+    """Detectron2's arguments and this project's."""
     parser = default_argument_parser()
     # Detectron2 collects the config options as the remainder, so ours must stand before them.
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and exit; write nothing"
+    )
+    parser.add_argument(
+        "--branch-from",
+        metavar="FOLDER",
+        help="start from the newest checkpoint of that run up to which both are the same run; with "
+        "--resume only where OUTPUT_DIR has no checkpoint of its own",
+    )
+    parser.add_argument(
+        "--allow-config-change",
+        metavar="KEY",
+        action="append",
+        help="resume or branch although this key differs; may be repeated",
+    )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="deterministic GPU kernels: exact repeats, slower"
     )
     return parser
 
@@ -88,11 +108,34 @@ def main(args):
         logger.info("No GPU in use: running on the CPU with %d threads", torch.get_num_threads())
     if args.eval_only:
         return evaluate_only(cfg, args)
-    record = RunRecord(cfg.OUTPUT_DIR, run_id=run_id(args), identity=recipe.identity(cfg), seed=cfg.SEED)
+    with Preemption() as preemption:
+        # A lock of the system's: it goes with the process, however that ends.
+        lock = FileLock(lock_path(cfg), timeout=10)
+        if comm.is_main_process():
+            lock.acquire()
+        start = agree_on(start_of(cfg, args) if comm.is_main_process() else None)
+        train(cfg, args, start, preemption)
+        comm.synchronize()  # none ends, and so has the others ended, before the record is written
+        lock.release()
+
+
+def train(cfg, args, start, preemption):
+    """Train from `start` on, and keep run.json true about how it ends."""
+    if args.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    record = RunRecord(
+        cfg.OUTPUT_DIR,
+        run_id=run_id(args),
+        identity=recipe.identity(cfg),
+        seed=cfg.SEED,
+        parent=start.parent,
+    )
     try:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(args.resume)
-        trainer.train()
+        Trainer(cfg, start, preemption).train()
+    except Preempted:
+        record.write("preempted")
+        logger.info("Stopped as asked; --resume goes on from here")
+        return
     except BaseException as e:
         record.write("failed", f"{type(e).__name__}: {e}")
         if isinstance(e, torch.OutOfMemoryError):
@@ -101,10 +144,34 @@ def main(args):
     record.write("done")
 
 
+def start_of(cfg, args):
+    """Where the run starts; see :func:`rethink_d2.engine.start.find_start`."""
+    return find_start(
+        cfg, resume=args.resume, branch_from=args.branch_from, allow=args.allow_config_change or ()
+    )
+
+
+def lock_path(cfg):
+    """The file that the one writer of a run folder holds."""
+    return os.path.join(cfg.OUTPUT_DIR, ".lock")
+
+
+def refuse_second_writer(cfg):
+    """Raise ValueError when another process trains in OUTPUT_DIR."""
+    if os.path.exists(lock_path(cfg)):
+        try:
+            FileLock(lock_path(cfg), timeout=0).acquire().lock.release()
+        except Timeout as e:
+            raise ValueError(
+                f"OUTPUT_DIR {cfg.OUTPUT_DIR}: another process is training there; wait for it, stop it, or "
+                "set another OUTPUT_DIR"
+            ) from e
+
+
 def evaluate_only(cfg, args):
     """Evaluate MODEL.WEIGHTS (with ``--resume`` the run's newest checkpoint) on DATASETS.TEST."""
     model = build_initialized_model(cfg)
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+    checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
     loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     evaluate_all(cfg, model, loaded.get("iteration", -1) + 1)
 
@@ -113,12 +180,17 @@ def cli(argv=None):
     """The command line.
 
     Returns:
-        int: 0, or 2 where the run is refused; other failures raise.
+        int: 0; 2 where the run is refused; 75 where it was asked to stop and can be resumed. Other failures
+        raise.
     """
     args = argument_parser().parse_args(argv)
+    training = not args.eval_only and not args.dry_run
     try:
         cfg = prepare(args)
-    except ValueError as e:
+        if training and not under_torchrun():
+            refuse_second_writer(cfg)
+            start_of(cfg, args)
+    except (ValueError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     problems = recipe.check(cfg, world_size(args))
@@ -132,6 +204,8 @@ def cli(argv=None):
         return 2
     if not args.dry_run:
         launch(main, args)
+    if training and read_json(os.path.join(cfg.OUTPUT_DIR, "run.json"), {}).get("state") == "preempted":
+        return EXIT_CODE
     return 0
 
 

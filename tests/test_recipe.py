@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rethink_d2 import add_rethink_config, dry_run, recipe
+from rethink_d2.data.classification import register_image_folder
 from rethink_d2.data.files import missing_files
 from rethink_d2.modeling.inspection import build_meta
 
@@ -183,14 +184,23 @@ def test_resolve_refuses_a_malformed_schedule():
 # ---------------------------------------------------------------- check
 
 
+# Detectron2's defaults for ResNets, which a recipe with VGG does not mention.
+VGG = ["MODEL.BACKBONE.NAME", "build_vgg16_backbone", "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.VGG.WIDTH", 32]
+VGG += ["MODEL.RPN.IN_FEATURES", "['conv5']", "MODEL.ROI_HEADS.IN_FEATURES", "['conv5']"]
+VGG += ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"]
+VGG += ["MODEL.ROI_BOX_HEAD.NUM_FC", 2, "MODEL.INIT.POLICY", "msra_all"]
+
+
 @pytest.mark.parametrize(
     "opts",
     [
         [],
         ["MODEL.WEIGHTS", GN_WEIGHTS, "MODEL.BACKBONE.FREEZE_AT", 2, *GN],
         [*SYNCBN, "MODEL.BACKBONE.FREEZE_AT", 2],
+        VGG,
+        [*VGG, "MODEL.VGG.NORM", "GN", "MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS", 48],
     ],
-    ids=["scratch", "pretrained", "syncbn"],
+    ids=["scratch", "pretrained", "syncbn", "vgg", "vgg-gn"],
 )
 def test_good_recipes_pass(opts):
     assert recipe.check(good(*opts)) == []
@@ -214,6 +224,9 @@ FPN += ["MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.FPN.NORM", "GN", "MODEL.ROI_BOX
         ),
         (["MODEL.RESNETS.NORM", "FrozenBN"], "MODEL.RESNETS.NORM", ["frozen"]),
         (["MODEL.RESNETS.NORM", "BN"], "MODEL.RESNETS.NORM", ["GN"]),
+        ([*VGG, "MODEL.BACKBONE.FREEZE_AT", 2], "MODEL.BACKBONE.FREEZE_AT", ["random"]),
+        ([*VGG, "MODEL.VGG.NORM", "FrozenBN"], "MODEL.VGG.NORM", ["frozen"]),
+        ([*VGG, "MODEL.VGG.NORM", "BN"], "MODEL.VGG.NORM", ["GN"]),
         ([*FPN, "MODEL.FPN.NORM", "BN"], "MODEL.FPN.NORM", ["backbone.fpn"]),
         ([*FPN, "MODEL.ROI_BOX_HEAD.NORM", "FrozenBN"], "MODEL.ROI_BOX_HEAD.NORM", ["roi_heads.box_head"]),
         ([*SYNCBN, "SOLVER.IMS_PER_BATCH", 4], "SOLVER.IMS_PER_GROUP", ["4 images", "MODEL.RESNETS.NORM"]),
@@ -254,6 +267,62 @@ def test_each_rule(opts, key, words):
     assert "\n" not in text and all(word in text for word in [key, *words]), text
     warns = key in ("SOLVER.BASE_LR", "MODEL.RESNETS.STRIDE_IN_1X1") or opts == ["INPUT.FORMAT", "RGB"]
     assert found[key].level == ("warning" if warns else "error")
+
+
+def test_rules_about_resnets_leave_vgg_alone():
+    norm = "MODEL.VGG.NORM"
+    assert set(problems(good(*VGG, norm, "BN", "MODEL.WEIGHTS", GN_WEIGHTS))) == {norm}
+    frozen = good(*VGG, norm, "SyncBN", "SOLVER.IMS_PER_GROUP", 16, "MODEL.BACKBONE.FREEZE_AT", 2)
+    assert set(problems(frozen)) == {"MODEL.BACKBONE.FREEZE_AT"}
+
+
+# Image classification: all that a detector's head would need is left out.
+CLASSIFIER = ["MODEL.META_ARCHITECTURE", "Classifier", "INPUT.MAPPER", "ClassificationMapper"]
+CLASSIFIER += ["INPUT.MIN_SIZE_TEST", 256, "MODEL.CLASSIFIER.IN_FEATURE", "res4", "SOLVER.BASE_LR", 0.1]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A registered folder with two classes."""
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+    register_image_folder("recipe_test_images", str(tmp_path / "images"))
+    yield "recipe_test_images"
+    DatasetCatalog.remove("recipe_test_images")
+    MetadataCatalog.remove("recipe_test_images")
+
+
+def classifier(images, *opts):
+    sets = ["DATASETS.TRAIN", (images,), "DATASETS.TEST", (images,), "MODEL.CLASSIFIER.NUM_CLASSES", 2]
+    return good(*CLASSIFIER, *sets, *opts)
+
+
+def test_a_good_classifier_passes(images):
+    # Batch norm trains a classifier; a head's widths and the rate of detection are nothing to it.
+    opts = ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 40]
+    assert recipe.check(classifier(images, *opts)) == []
+
+
+@pytest.mark.parametrize(
+    "opts, key, words",
+    [
+        (["MODEL.CLASSIFIER.NUM_CLASSES", 3], "MODEL.CLASSIFIER.NUM_CLASSES", ["has 2 classes"]),
+        (["INPUT.MAPPER", "CountingMapper"], "INPUT.MAPPER", ["ClassificationMapper"]),
+        (["INPUT.MIN_SIZE_TEST", 200], "INPUT.MIN_SIZE_TEST", ["200", "224"]),
+        (["MODEL.CLASSIFIER.IN_FEATURE", "res9"], "MODEL", ["MODEL.CLASSIFIER.IN_FEATURE"]),
+        (["MODEL.RESNETS.STEM_OUT_CHANNELS", 48], "MODEL.RESNETS.STEM_OUT_CHANNELS", ["multiple of 32"]),
+        (["DATASETS.TEST", ("imagenet_vall",)], "DATASETS.TEST", ["did you mean imagenet_val?"]),
+    ],
+)
+def test_each_rule_for_classifiers(images, opts, key, words):
+    found = problems(classifier(images, *opts))
+    assert key in found, found
+    assert all(word in str(found[key]) for word in words), str(found[key])
+
+
+def test_a_frozen_start_of_a_classifier_costs_no_box_ap(images):
+    text = str(problems(classifier(images, "MODEL.BACKBONE.FREEZE_AT", 2))["MODEL.BACKBONE.FREEZE_AT"])
+    assert "random values" in text and "box AP" not in text
 
 
 @pytest.mark.parametrize(

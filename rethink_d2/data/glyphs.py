@@ -300,7 +300,7 @@ def _load_classification(name: str) -> list[dict[str, Any]]:
         {
             "file_name": str(index.parent / entry["name"]),
             "image_id": number,
-            "category_id": entry["label"],
+            "label": entry["label"],
             "height": entry["height"],
             "width": entry["width"],
         }
@@ -353,7 +353,15 @@ def register(root: str | os.PathLike[str] | None = None) -> None:
         folder = _split_dir(base, split)
         if spec.kind == "classify":
             classes = list(CLASSIFICATION_CLASSES)
-            _add(f"glyphs_{split}", base, _load_classification, thing_classes=classes, image_root=str(folder))
+            _add(
+                f"glyphs_{split}",
+                base,
+                _load_classification,
+                image_root=str(folder),
+                evaluator_type="classification",
+                num_images=spec.count,
+                classes=classes,
+            )
             continue
         common = {
             "image_root": str(folder / "images"),

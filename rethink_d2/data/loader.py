@@ -1,21 +1,27 @@
 """From registered data sets to batches."""
 
+import itertools
 import logging
 import math
+import random
 from collections import Counter
 
+import numpy as np
 from detectron2.data import (
     DatasetCatalog,
+    DatasetFromList,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..preemption import end_workers, ignore_signals
 from .mapper import build_mapper
+from .order import GroupOrder, mix
 
 logger = logging.getLogger(__name__)
 
@@ -83,20 +89,103 @@ def count_images(name):
     return len(DatasetCatalog.get(name)) if declared is None else declared
 
 
-def build_train_loader(cfg, records):
+class BadImageError(RuntimeError):
+    """A training image that cannot be read or prepared."""
+
+
+class Groups(Dataset):
+    """Training samples by the position of their group in the run's sequence.
+
+    Args:
+        records (list[dict]): images in Detectron2's data set format.
+        mapper (callable): makes a sample of a record; its randomness may come from numpy's or Python's global
+            generator, which are seeded for each sample.
+        group_size (int), seed (int): see :class:`~rethink_d2.data.order.GroupOrder`.
+        by_orientation (bool): whether groups hold images of like orientation.
+        skip_bad (bool): take another image in the place of one that cannot be read.
+    """
+
+    # Images tried for one place before the data set is given up.
+    TRIES = 10
+
+    def __init__(self, records, mapper, group_size, seed, *, by_orientation, skip_bad=False):
+        portrait = [by_orientation and r.get("height", 0) > r.get("width", 0) for r in records]
+        self._order = GroupOrder(portrait, group_size, seed)
+        self._records = DatasetFromList(records)  # one serialized block, which loader workers share
+        self._mapper, self._seed, self._skip_bad = mapper, seed, skip_bad
+
+    def __getitem__(self, position):
+        return [self._sample(index, epoch) for index, epoch in self._order.group(position)]
+
+    def _sample(self, index, epoch):
+        bad = []
+        for attempt in range(self.TRIES if self._skip_bad else 1):
+            # The place alone decides on the replacement, so skipping changes nothing elsewhere.
+            chosen = int(mix(self._seed, epoch, 3, index, attempt)) % len(self._records) if attempt else index
+            record = self._records[chosen]
+            np.random.seed(int(mix(self._seed, epoch, 2, chosen)) & 0xFFFFFFFF)
+            random.seed(int(mix(self._seed, epoch, 2, chosen)))
+            try:
+                return {**self._mapper(record), "bad_images": bad}
+            except Exception as e:
+                bad.append(record["file_name"])
+                error = e
+        raise BadImageError(
+            f"{', '.join(bad)}: cannot be read ({type(error).__name__}: {error}). Restore the file, or set "
+            "DATALOADER.ON_BAD_IMAGE skip to train on other images in its place; "
+            f"python -m rethink_d2.data.check finds all such files"
+        ) from error
+
+
+class _Positions(Sampler):
+    """Positions of the groups that this process runs, from an iteration on, without end."""
+
+    def __init__(self, start_iter, groups, rank, processes):
+        self._start, self._groups, self._rank, self._processes = start_iter, groups, rank, processes
+
+    def __iter__(self):
+        for iteration in itertools.count(self._start):
+            first = iteration * self._groups
+            yield from range(first + self._rank, first + self._groups, self._processes)
+
+
+def build_train_loader(cfg, records, start_iter=0):
     """Groups of images for one process, without end.
 
+    Which images they hold, and how they are augmented, depends on the records, the seed and the iteration
+    alone: not on where a run was resumed, the number of loader workers, or the number of processes.
+
+    Args:
+        cfg (CfgNode): a resolved config.
+        records (list[dict]): from :func:`training_records`.
+        start_iter (int): the first iteration to load for.
+
     Returns:
-        iterable[list[dict]]: each a group of ``SOLVER.IMS_PER_GROUP`` samples of like orientation.
+        iterable[list[dict]]: each a group of ``SOLVER.IMS_PER_GROUP`` samples of like orientation; this
+        process's share of one iteration's groups, then of the next's.
     """
-    return build_detection_train_loader(
-        cfg,
-        dataset=records,
-        mapper=build_mapper(cfg, True),
-        total_batch_size=cfg.SOLVER.IMS_PER_GROUP * comm.get_world_size(),
+    groups = Groups(
+        records,
+        build_mapper(cfg, True),
+        cfg.SOLVER.IMS_PER_GROUP,
+        cfg.SEED,
+        by_orientation=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        skip_bad=cfg.DATALOADER.ON_BAD_IMAGE == "skip",
+    )
+    end_workers()
+    count = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.IMS_PER_GROUP
+    return DataLoader(
+        groups,
+        sampler=_Positions(start_iter, count, comm.get_rank(), comm.get_world_size()),
+        batch_size=None,  # a group is a batch already
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        worker_init_fn=ignore_signals,  # it is still needed when the run is asked to stop
     )
 
 
 def build_test_loader(cfg, name):
-    """Detectron2's test loader for the data set `name`."""
-    return build_detection_test_loader(cfg, name)
+    """Detectron2's test loader for the data set `name`, with the mapper of INPUT.MAPPER."""
+    loader = build_detection_test_loader(cfg, name, mapper=build_mapper(cfg, False))
+    loader.worker_init_fn = ignore_signals
+    end_workers()
+    return loader

@@ -1,10 +1,15 @@
-"""Hooks and writers that Detectron2 lacks."""
+"""Hooks and writers that Detectron2 lacks, or that carry over an interruption."""
 
 import datetime
 import logging
 import time
 
+import torch
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventWriter, get_event_storage
+
+from ..data.order import mix
+from ..preemption import Preempted
 
 logger = logging.getLogger(__name__)
 
@@ -42,3 +47,45 @@ class ProgressPrinter(EventWriter):
             parts += [f"{self._batch / seconds:.1f} images/s", f"left {left}"]
         self._last = (done, now)
         logger.info("  ".join(parts))
+
+
+class Checkpoints(HookBase):
+    """Writes a checkpoint where one is due, and ends the run after it when that was asked for.
+
+    What comes after it in the list of hooks (evaluation, the row of metrics.json) is done again for the
+    last iteration of a checkpoint by the run that resumes from it.
+
+    Args:
+        period (int): in iterations; 0 for the last and the branch points alone.
+        branch_points (iterable[int]): iterations done after which one is written in any case.
+    """
+
+    def __init__(self, period, branch_points):
+        self._period, self._points = period, frozenset(branch_points)
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        periodic = self._period > 0 and done % self._period == 0
+        stop = self.trainer.preempted
+        if periodic or stop or done in self._points or done == self.trainer.max_iter:
+            self.trainer.save_checkpoint()
+        if stop:
+            raise Preempted
+
+
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's, on images that depend on the iteration alone.
+
+    Args:
+        period (int), model (nn.Module), num_iter (int): as Detectron2's.
+        loader_from (callable): returns a loader that begins at an iteration.
+    """
+
+    def __init__(self, period, model, loader_from, num_iter):
+        super().__init__(period, model, None, num_iter)
+        self._loader_from = loader_from
+
+    def update_stats(self):
+        self._data_iter = iter(self._loader_from(self.trainer.iter))
+        torch.manual_seed(int(mix(self.trainer.cfg.SEED, self.trainer.iter)) >> 1)  # RoIs are sampled
+        super().update_stats()

@@ -1,6 +1,7 @@
 """run.json and results.json: what a run is, how it stands, and what it reached."""
 
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -10,6 +11,8 @@ import torch
 from detectron2.utils import comm
 
 from ..files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 PACKAGES = ("rethink_d2", "torch", "torchvision", "detectron2", "sal-detectron2", "numpy", "pycocotools")
@@ -21,20 +24,28 @@ class RunRecord:
     Args:
         folder (str): the run folder.
         run_id (str), identity (str), seed (int): see :func:`rethink_d2.recipe.identity`.
+        parent (dict or None): of a branch; None keeps what the record says already.
     """
 
-    def __init__(self, folder, *, run_id, identity, seed):
+    def __init__(self, folder, *, run_id, identity, seed, parent=None):
         self.path = os.path.join(folder, "run.json")
         before = read_json(self.path, {})
         self._seconds_before = before.get("seconds", 0.0)
         self._clock = time.monotonic()
+        threads = before.get("threads", torch.get_num_threads())
+        if threads != torch.get_num_threads() and not torch.cuda.is_available():
+            logger.warning(
+                "The run used %d CPU threads so far and uses %d now: results will differ in the last bits",
+                threads,
+                torch.get_num_threads(),
+            )
         self.value = {
             "schema": SCHEMA,
             "run_id": run_id,
             "identity": identity,
             "seed": seed,
             "state": "running",
-            "parent": before.get("parent"),
+            "parent": parent or before.get("parent"),
             "world_size": comm.get_world_size(),
             "threads": torch.get_num_threads(),
             "versions": _versions(),

@@ -35,6 +35,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .classifier import Classifier
+
 __all__ = [
     "INITIALIZATION_REGISTRY",
     "MSRA",
@@ -75,7 +77,7 @@ class Layer(NamedTuple):
         name: dotted name in the model; for messages only.
         kind: "stem or block conv", "fpn conv", "rpn conv", "class predictor", "box predictor",
             "mask conv", "mask deconv", "mask predictor", "keypoint conv", "keypoint predictor",
-            "dense head conv", "head conv", "offset conv", "fc", "classifier" (of a ResNet), "norm" or
+            "dense head conv", "head conv", "offset conv", "fc", "classifier" (of images), "norm" or
             "other" (the last two never reach a policy).
         module: the convolution, linear or norm module.
         owner: the innermost module around it that decided its kind, e.g. a StandardRPNHead; or None.
@@ -116,6 +118,7 @@ _OWNERS = (
     (FastRCNNOutputLayers, "class predictor"),
     (BaseMaskRCNNHead, "mask conv"),
     (BaseKeypointRCNNHead, "keypoint conv"),
+    (Classifier, "head conv"),
 )
 
 
@@ -131,7 +134,7 @@ def msra(layer: Layer) -> Rule:
     if layer.kind in ("fpn conv", "fc"):
         return XAVIER
     if layer.kind in ("rpn conv", "class predictor", "dense head conv", "classifier"):
-        # "classifier": a ResNet's own linear layer; "Accurate, Large Minibatch SGD", section 5.1.
+        # "classifier": the linear layer over the classes; "Accurate, Large Minibatch SGD", section 5.1.
         return gaussian(0.01)
     if layer.kind == "box predictor":
         return gaussian(0.001)
@@ -265,7 +268,8 @@ def _kind(module, owner, owner_kind):
     if isinstance(owner, FastRCNNOutputLayers):
         return "box predictor" if _inside(owner, "bbox_pred", module) else owner_kind
     if isinstance(module, nn.Linear):
-        return "classifier" if isinstance(owner, ResNet) else "fc"
+        is_last = isinstance(owner, ResNet) or _inside(owner, "classifier", module)
+        return "classifier" if is_last else "fc"
     if isinstance(owner, DeformBottleneckBlock) and _inside(owner, "conv2_offset", module):
         return "offset conv"
     if isinstance(owner, BaseMaskRCNNHead):

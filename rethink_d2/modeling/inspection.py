@@ -7,10 +7,8 @@ from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.modeling import build_model
 from torch import nn
 
-# Which key sets the normalization of which part of the model.
+# Which key sets the normalization of which part of the model; the backbone's own depends on its type.
 NORM_KEYS = {
-    "backbone": "MODEL.RESNETS.NORM",
-    "backbone.bottom_up": "MODEL.RESNETS.NORM",
     "backbone.fpn": "MODEL.FPN.NORM",
     "roi_heads.res5": "MODEL.RESNETS.NORM",
     "roi_heads.box_head": "MODEL.ROI_BOX_HEAD.NORM",

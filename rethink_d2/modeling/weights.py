@@ -1,7 +1,11 @@
 """What well-known pre-trained weights were trained with."""
 
+import os
 import re
+import zipfile
 from dataclasses import dataclass
+
+from .safe_weights import read_weights
 
 _CAFFE2_MEAN = (103.53, 116.28, 123.675)
 _BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "nnSyncBN")
@@ -58,13 +62,42 @@ _WEIGHTS = (
 
 
 def known_weights(name):
-    """Look up what weights were trained with, by their name.
+    """Look up what weights were trained with: by their name, or in a file that tells.
+
+    A local ``.pth`` tells by an entry "pixels" beside "model", ``{"format": "RGB", "mean": [three floats],
+    "std": [three floats]}``, as :mod:`rethink_d2.modeling.convert` writes it.
 
     Args:
         name (str): a value of MODEL.WEIGHTS.
 
     Returns:
-        Known or None: None for weights that the name says nothing about.
+        Known or None: None for weights about which neither says anything.
+
+    Raises:
+        ValueError: the local file is refused by :func:`rethink_d2.modeling.safe_weights.read_weights`.
     """
     name = name.split("?")[0]
+    # torch's older files, which are no zip, have no such entry; and they would be read as a whole.
+    if name.endswith(".pth") and os.path.isfile(name) and zipfile.is_zipfile(name):
+        weights = read_weights(name, mmap=True)
+        if "pixels" in weights:
+            return _recorded(weights)
     return next((known for pattern, known in _WEIGHTS if re.search(pattern, name)), None)
+
+
+def _recorded(weights):
+    model, pixels = weights["model"], weights["pixels"]
+    if any(key.endswith("norm.running_mean") for key in model):
+        norm = "holds batch norm", _BATCH_NORMS
+    elif any(key.endswith("norm.weight") for key in model):
+        norm = "holds group norm", ("GN",)
+    else:
+        norm = "holds no normalization", ('""',)
+    bottleneck = any("res2.0.conv3." in key for key in model)
+    return Known(
+        *norm,
+        pixels["format"],
+        tuple(pixels["mean"]),
+        tuple(pixels["std"]),
+        stride_in_1x1=False if bottleneck and weights.get("__author__") == "torchvision" else None,
+    )

@@ -12,36 +12,49 @@ _CSV = Path(__file__).with_name("manifest.csv")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run of the paper.
+    """One run of the paper, or one number that it computes from runs.
 
     Attributes:
-        id: ``<family>-<arm>-<schedule>``, e.g. ``base-r50-gn-scratch-6x``.
+        id: ``<family>-<arm>-<schedule>``, e.g. ``base-r50-gn-scratch-6x``, without what is "" here.
+            Analyses have names of their own.
         family: the experiment; its runs differ in arm and schedule only.
         figure: where the paper shows it, e.g. ``Fig 1; Table 1``.
-        arm: ``scratch`` or ``pretrained``.
-        schedule: its SOLVER.SCHEDULE.
-        config: path of its config below ``configs/``, with forward slashes.
-        partner: id of the run of the other arm that it is compared with.
-        trunk: id of the longer run whose trajectory it shares from the start; None if it has none.
-        branch_iteration: iterations of 16 images that it shares with the trunk, which is where its
-            own rate first drops; None without a trunk.
+        arm: ``scratch`` or ``pretrained``; "" for an analysis.
+        kind: ``train``; ``cascade``, a training that starts from its trunk's state with cascade heads;
+            ``evaluate``, no training but another evaluation of its trunk's final weights; ``pretrain``,
+            which makes the weights that other runs start from; ``search`` of hyper-parameters; or
+            ``analysis``, computed from finished runs.
+        schedule: its SOLVER.SCHEDULE (of an ``evaluate`` run, its trunk's), the epochs of a
+            ``pretrain`` run, or "".
+        config: path of its config below ``configs/``, with forward slashes; "" for an analysis. A
+            search starts from the config of another run.
+        partner: id of the run of the other arm that it is compared with; None if it has none.
+        trunk: id of the run whose state it continues: a longer one of the same curve, for a ``cascade``
+            the run without one, for ``evaluate`` the run it evaluates; None if it has none.
+        branch_iteration: iterations of 16 images that it shares with the trunk, which end where its own
+            rate first drops, or at the trunk's last checkpoint before that; None if there are none.
         metric: which number ``published`` is, under the name that Detectron2's evaluators give it.
         published: the paper's number (AP is 0-100); None where the paper has only a picture.
-        source: where ``published`` stands; "" if there is none.
+        source: where ``published`` and ``also_published`` stand; "" if there is nothing.
+        also_published: more published numbers of the same run, by metric.
+        optional: whether a sweep leaves it out unless asked for it.
     """
 
     id: str
     family: str
     figure: str
     arm: str
+    kind: str
     schedule: str
     config: str
-    partner: str
+    partner: str | None
     trunk: str | None
     branch_iteration: int | None
     metric: str
     published: float | None
     source: str
+    also_published: dict[str, float] = dataclasses.field(hash=False)
+    optional: bool
 
 
 def load() -> list[Run]:
@@ -72,7 +85,8 @@ def for_config(path: str | os.PathLike) -> Run | None:
 
     Returns:
         None if the paper has no such run. A file of the same name in a folder other than the arm's
-        is somebody's own, and is not taken for the paper's.
+        is somebody's own, and is not taken for the paper's. A search is never returned: the config
+        that it starts from is another run's.
     """
     parts = Path(path).parts
     if not parts:
@@ -80,6 +94,8 @@ def for_config(path: str | os.PathLike) -> Run | None:
     if not parts[-1].endswith(".yaml"):
         parts = (*parts[:-1], parts[-1] + ".yaml")
     for run in _runs():
+        if not run.config or run.kind == "search":
+            continue
         config = tuple(run.config.split("/"))
         # Names are unique over all folders, so a bare one is enough.
         if parts[-len(config) :] == config or parts == config[-1:]:
@@ -95,11 +111,15 @@ def _runs() -> tuple[Run, ...]:
 
 def _parse(row: dict[str, str]) -> Run:
     """Turn the texts of one row into the types of :class:`Run`; an empty cell means None there."""
+    also = (item.rsplit(" ", 1) for item in row["also_published"].split("; ") if item)
     return Run(
         **{
             **row,
+            "partner": row["partner"] or None,
             "trunk": row["trunk"] or None,
             "branch_iteration": int(row["branch_iteration"]) if row["branch_iteration"] else None,
             "published": float(row["published"]) if row["published"] else None,
+            "also_published": {metric: float(value) for metric, value in also},
+            "optional": row["optional"] == "yes",
         }
     )

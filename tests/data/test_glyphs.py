@@ -236,9 +236,9 @@ def test_classification_set_is_an_image_folder(cache):
 
     folder = ImageFolder(glyphs.classification_root("val"))
     records = DatasetCatalog.get("glyphs_classify_val")
-    classes = MetadataCatalog.get("glyphs_classify_val").thing_classes
+    classes = MetadataCatalog.get("glyphs_classify_val").classes
     assert folder.classes == classes == list(glyphs.CLASSIFICATION_CLASSES)
-    assert sorted(folder.samples) == sorted((r["file_name"], r["category_id"]) for r in records)
+    assert sorted(folder.samples) == sorted((r["file_name"], r["label"]) for r in records)
     assert len(records) == 50
     assert {(r["height"], r["width"]) for r in records} == {(64, 64)}
     with pytest.raises(ValueError, match="no split"):

@@ -37,7 +37,7 @@ def config(name):
     add_rethink_config(cfg)
     cfg.DATASETS.TRAIN = (name,)
     cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.SOLVER.IMS_PER_GROUP = 2
+    cfg.SOLVER.IMS_PER_GROUP, cfg.SEED = 2, 1
     cfg.INPUT.MIN_SIZE_TRAIN = (64,)
     return cfg
 

@@ -15,6 +15,7 @@ TINY = [
     *("DATASETS.TRAIN", "('glyphs_tiny_train',)", "DATASETS.TEST", "('glyphs_tiny_val',)"),
     *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.01", "DATALOADER.NUM_WORKERS", "0"),
 ]
+SHORT = ["SOLVER.SCHEDULE", "6", "TEST.EVAL_PERIOD", "3", "SOLVER.CHECKPOINT_PERIOD", "3"]
 
 
 def rows(path):
@@ -25,8 +26,7 @@ def rows(path):
 def finished(run_train, tmp_path_factory):
     """A run of six iterations, from an empty folder."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    options = ["SOLVER.SCHEDULE", "6", "TEST.EVAL_PERIOD", "3", "SOLVER.CHECKPOINT_PERIOD", "3"]
-    done = run_train("--config-file", MINI, *TINY, *options, "OUTPUT_DIR", folder)
+    done = run_train("--config-file", MINI, *TINY, *SHORT, "OUTPUT_DIR", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -60,14 +60,24 @@ def test_evaluation_alone_repeats_the_training_runs_numbers(finished, run_train,
     assert alone == pytest.approx(during)
 
 
-def test_resume_goes_on_after_the_last_checkpoint(finished, run_train):
-    before = torch.load(finished / "model_0000002.pth", weights_only=True)["iteration"]
-    options = ["SOLVER.SCHEDULE", "9", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", finished]
-    done = run_train("--resume", "--config-file", MINI, *TINY, *options)
+def test_resume_repeats_what_was_lost(finished, run_train):
+    before = torch.load(finished / "model_final.pth", weights_only=True)["model"]
+    rows_before = (finished / "results.json").read_text()
+    for name in ("model_0000005.pth", "model_final.pth"):
+        (finished / name).unlink()
+    done = run_train("--resume", "--config-file", MINI, *TINY, *SHORT, "OUTPUT_DIR", finished)
     assert done.returncode == 0, done.stderr
-    assert before == 2
-    assert "Starting training from iteration 6" in done.stdout
-    assert torch.load(finished / "model_final.pth", weights_only=True)["iteration"] == 8
+    assert "Starting training from iteration 3" in done.stdout
+    after = torch.load(finished / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (finished / "results.json").read_text() == rows_before
+
+
+def test_another_run_is_not_overwritten(finished, capsys):
+    from rethink_d2.train import cli
+
+    assert cli(["--config-file", MINI, *TINY, *SHORT, "OUTPUT_DIR", str(finished)]) == 2
+    assert "add --resume" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_recipe_and_writes_nothing(run_train, tmp_path):
@@ -140,9 +150,6 @@ def test_the_papers_config_on_genuine_coco(run_train, real_data, tmp_path):
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert result["dataset"] == "coco_2017_val" and result["iteration"] == 3
     assert "crowd regions" in (tmp_path / "log.txt").read_text()
-    options[options.index("SOLVER.SCHEDULE") + 1] = "4"
-    done = run_train("--resume", "--config-file", config, *options)
-    assert "Starting training from iteration 3" in done.stdout
 
 
 @pytest.mark.slow

@@ -1,0 +1,200 @@
+"""Checkpoints that are whole or not there, with a checksum, and which of them to keep.
+
+``model_0000099.pth`` is the state after iteration 99, that is after 100 steps, as Detectron2 names it.
+Beside it ``model_0000099.pth.sha256`` (as sha256sum writes it) proves that it is whole, and
+``last_checkpoint`` names the newest one. ``model_final.pth`` and ``model_best.pth`` are further names of
+one of them. Files hold tensors and plain Python values only, so that they load with ``weights_only``.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from ..files import write_atomically
+
+__all__ = ["CheckpointError", "CheckpointStore", "checkpoints", "digest", "is_whole", "read"]
+
+logger = logging.getLogger(__name__)
+
+_NUMBERED = re.compile(r"model_(\d{7,})\.pth")
+_TEMPORARY = ".writing-"
+POINTER = "last_checkpoint"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
+def checkpoints(folder):
+    """List the numbered checkpoints of a run folder.
+
+    Returns:
+        dict[int, str]: path by last finished iteration, newest first; whole or not.
+    """
+    found = {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            found[int(match[1])] = os.path.join(folder, name)
+    return dict(sorted(found.items(), reverse=True))
+
+
+def digest(path):
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def is_whole(path):
+    """Whether a checkpoint has a checksum and matches it."""
+    try:
+        with open(f"{path}.sha256") as f:
+            return f.read().split()[0] == digest(path)
+    except (OSError, IndexError):
+        return False
+
+
+def read(path):
+    """Read a checkpoint into CPU memory, mapped where possible.
+
+    Raises:
+        CheckpointError: it cannot be read; names the file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        raise CheckpointError(f"{path} cannot be read ({type(e).__name__}: {e})") from e
+
+
+def _to_cpu(value):
+    """A copy that later training steps do not reach."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_cpu(v) for v in value)
+    return value
+
+
+def _replace(source, target):
+    """Give a file a second name, replacing what had it; a copy where the disk has no hard links."""
+    temporary = os.path.join(os.path.dirname(target), _TEMPORARY + os.path.basename(target))
+    if os.path.exists(temporary):
+        os.unlink(temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+class CheckpointStore:
+    """Writes the checkpoints of one run folder. Used by the main process alone.
+
+    Args:
+        folder (str): the run folder; what an interrupted write left there is removed.
+        keep (int): how many of the newest to keep; 0 for all.
+        keep_always (iterable[int]): iterations whose checkpoints stay in any case.
+        required (bool): raise when one cannot be written; else report it and go on.
+        background (bool): write on a thread, from a copy of the state.
+    """
+
+    def __init__(self, folder, *, keep=0, keep_always=(), required=True, background=False):
+        self.folder = folder
+        self._keep, self._keep_always, self._required = keep, frozenset(keep_always), required
+        self._thread = ThreadPoolExecutor(1) if background else None
+        self._pending = None
+        os.makedirs(folder, exist_ok=True)
+        for name in os.listdir(folder):
+            if name.startswith(_TEMPORARY):
+                os.unlink(os.path.join(folder, name))
+
+    def save(self, iteration, state, names=()):
+        """Write the state after an iteration; any earlier write is completed first.
+
+        Args:
+            iteration (int): the last finished one.
+            state (dict): tensors on any device and plain values.
+            names (iterable[str]): further names for it, such as "model_final".
+
+        Raises:
+            CheckpointError: this one (in the background: the one before) could not be written.
+        """
+        self.wait()
+        if self._thread is None:
+            self._write(iteration, state, names)
+        else:
+            self._pending = self._thread.submit(self._write, iteration, _to_cpu(state), names)
+
+    def also(self, iteration, name):
+        """Give the checkpoint of an iteration a further name, such as "model_best"."""
+        self.wait()
+        self._name(os.path.join(self.folder, f"model_{iteration:07d}.pth"), name)
+
+    def wait(self):
+        """Return when nothing is being written any more; raises as :meth:`save`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, iteration, state, names):
+        path = os.path.join(self.folder, f"model_{iteration:07d}.pth")
+        try:
+            self._write_file(path, state)
+            for name in names:
+                self._name(path, name)
+            write_atomically(os.path.join(self.folder, POINTER), os.path.basename(path))
+        except OSError as e:
+            message = (
+                f"{path} could not be written ({e.strerror or e}); earlier checkpoints are as they were. "
+                "Free space, or keep fewer with SOLVER.CHECKPOINT_KEEP; SOLVER.CHECKPOINT_REQUIRED False "
+                "trains on without it"
+            )
+            if self._required:
+                raise CheckpointError(message) from e
+            logger.error(message)
+            return
+        self._prune()
+
+    def _write_file(self, path, state):
+        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=_TEMPORARY)
+        try:
+            with os.fdopen(handle, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            checksum = digest(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException as e:
+            os.unlink(temporary)
+            if isinstance(e, RuntimeError):  # torch's writer hides the cause that the system gave
+                raise OSError(f"{e}".splitlines()[0]) from e
+            raise
+        self._write_checksum(path, checksum)
+
+    def _write_checksum(self, path, checksum):
+        # After the file, so that a checksum never vouches for one that is not there yet.
+        write_atomically(f"{path}.sha256", f"{checksum}  {os.path.basename(path)}\n")
+
+    def _name(self, path, name):
+        target = os.path.join(self.folder, f"{name}.pth")
+        _replace(path, target)
+        with open(f"{path}.sha256") as f:
+            self._write_checksum(target, f.read().split()[0])
+
+    def _prune(self):
+        if not self._keep:
+            return
+        for iteration, path in list(checkpoints(self.folder).items())[self._keep :]:
+            if iteration not in self._keep_always:
+                for name in (path, f"{path}.sha256"):
+                    if os.path.exists(name):
+                        os.unlink(name)
