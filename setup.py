@@ -27,6 +27,7 @@ setup(
         "tabulate",
         "tqdm",
         "filelock",
+        "optuna",
         "PyYAML",
     ],
     extras_require={"test": ["pytest", "pytest-timeout", "hypothesis", "ruff"]},

@@ -6,6 +6,7 @@ Every rule is a generator of :class:`Problem`; :func:`check` runs them all, so o
 import difflib
 import os
 from dataclasses import dataclass
+from operator import attrgetter
 
 from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -23,6 +24,13 @@ MIN_SYNCBN_IMAGES = 8
 # The parts that a backbone without its neck can be.
 BODY = ("backbone", "backbone.bottom_up")
 DETECTORS = ("GeneralizedRCNN", "ProposalNetwork", "RetinaNet", "PanopticFPN")
+# Keys with few values, and why no others.
+CHOICES = {
+    "DATALOADER.ON_BAD_IMAGE": (["stop", "skip"], ""),
+    "DATALOADER.SAMPLER_TRAIN": (["TrainingSampler"], " (the loader has its own order, data/order.py)"),
+    "SOLVER.AMP.DTYPE": (["", "float16", "bfloat16"], ""),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": (["value", "norm", "full_model"], ""),
+}
 
 
 @dataclass(frozen=True)
@@ -286,6 +294,12 @@ def _batch(s):
         yield Problem("SEED", f"{s.cfg.SEED} means an unrecorded random seed", "set SEED 1, or any from 0 up")
 
 
+def _choices(s):
+    for key, (values, why) in CHOICES.items():
+        if (value := attrgetter(key)(s.cfg)) not in values:
+            yield Problem(key, f"{value!r} is not one of {values}{why}{nearest(value, values)}", "correct it")
+
+
 def _classification(s):
     inputs = s.cfg.INPUT
     if s.cfg.MODEL.META_ARCHITECTURE != "Classifier":
@@ -357,7 +371,7 @@ def _data_set(s, key, name):
 
 
 MODEL_RULES = (_frozen_start, _scratch_norm, _syncbn_batch, _widths, _weights, _pixels, _policy)
-TRAINING_RULES = (_schedule, _rate, _batch, _classification, _data_sets)
+TRAINING_RULES = (_schedule, _rate, _batch, _choices, _classification, _data_sets)
 
 
 def check(cfg, world_size=1):

@@ -15,8 +15,10 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..preemption import end_workers, ignore_signals
@@ -89,8 +91,18 @@ def count_images(name):
     return len(DatasetCatalog.get(name)) if declared is None else declared
 
 
+# What an image file that is missing, damaged or another one raises: SyntaxError is PIL's PNG reader's.
+# Other errors are not the image's, so nothing may pass over them.
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, SizeMismatchError)
+
+
 class BadImageError(RuntimeError):
     """A training image that cannot be read or prepared."""
+
+
+def _unreadable(error):
+    """Whether an error, or the one that a mapper explains by it, means that a file cannot be read."""
+    return isinstance(error, UNREADABLE) or isinstance(error.__cause__, UNREADABLE)
 
 
 class Groups(Dataset):
@@ -123,18 +135,25 @@ class Groups(Dataset):
             # The place alone decides on the replacement, so skipping changes nothing elsewhere.
             chosen = int(mix(self._seed, epoch, 3, index, attempt)) % len(self._records) if attempt else index
             record = self._records[chosen]
+            name = record["file_name"]
             np.random.seed(int(mix(self._seed, epoch, 2, chosen)) & 0xFFFFFFFF)
             random.seed(int(mix(self._seed, epoch, 2, chosen)))
             try:
                 return {**self._mapper(record), "bad_images": bad}
             except Exception as e:
-                bad.append(record["file_name"])
-                error = e
+                reason = f"{type(e).__name__}: {e}"
+                if not _unreadable(e):
+                    raise BadImageError(f"{name}: INPUT.MAPPER failed on it ({reason})") from e
+                bad.append(name)
+        cure = (
+            f"all {self.TRIES} images tried for one place are like that"
+            if self._skip_bad
+            else "restore the file, or set DATALOADER.ON_BAD_IMAGE skip to train on other images in its place"
+        )
         raise BadImageError(
-            f"{', '.join(bad)}: cannot be read ({type(error).__name__}: {error}). Restore the file, or set "
-            "DATALOADER.ON_BAD_IMAGE skip to train on other images in its place; "
-            f"python -m rethink_d2.data.check finds all such files"
-        ) from error
+            f"{', '.join(dict.fromkeys(bad))}: cannot be read ({reason}); {cure}. "
+            "python -m rethink_d2.data.check finds all such files"
+        )
 
 
 class _Positions(Sampler):

@@ -41,7 +41,7 @@ def _causes(cfg, iteration, samples):
             f"SOLVER.BASE_LR {solver.BASE_LR:g} is high for SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: "
             f"linear scaling gives {usual:g} (a smaller batch needs a smaller rate)"
         )
-    if iteration < 2 * solver.WARMUP_ITERS or solver.WARMUP_ITERS < 100:
+    if iteration < max(2 * solver.WARMUP_ITERS, 1000):
         found.append(f"early in training: a longer warm-up (SOLVER.WARMUP_ITERS, now {solver.WARMUP_ITERS})")
     if solver.AMP.ENABLED:
         found.append("mixed precision (SOLVER.AMP.ENABLED): try without it")

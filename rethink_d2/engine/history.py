@@ -20,11 +20,13 @@ def save_scalars(storage):
     Returns:
         dict[str, dict]: by name, whether it is smoothed, and (value, iteration) pairs.
     """
-    hints = storage.smoothing_hints()
-    return {
-        name: {"smoothed": hints[name], "values": [[float(v), int(i)] for v, i in history.values()[-WINDOW:]]}
-        for name, history in storage.histories().items()
-    }
+    hints, saved = storage.smoothing_hints(), {}
+    for name, history in storage.histories().items():
+        # The window is of iterations, and a model writes some scalars in each of an iteration's groups.
+        count = max(WINDOW, storage.count_samples(name, WINDOW))
+        values = [[float(v), int(i)] for v, i in history.values()[-count:]]
+        saved[name] = {"smoothed": hints[name], "values": values}
+    return saved
 
 
 def restore_scalars(storage, saved):

@@ -120,7 +120,7 @@ class Trainer(TrainerBase):
         self._settings = json.dumps(recipe.settings(cfg), sort_keys=True)
 
         model = build_initialized_model(cfg)
-        self.optimizer = build_optimizer(cfg, model)
+        self.optimizer, self._clip = self._build_optimizer(model)
         cpu = cfg.MODEL.DEVICE == "cpu"
         self.model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=None if cpu else [comm.get_local_rank()]
@@ -153,6 +153,22 @@ class Trainer(TrainerBase):
         self._results_before = comm.all_gather(self._results_before)[0]
         self.register_hooks(self._build_hooks())
 
+    def _build_optimizer(self, model):
+        """Detectron2's optimizer, and what clips all gradients together where it cannot.
+
+        SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model" is for the norm over the whole model; Detectron2's "norm"
+        is for every parameter alone.
+        """
+        clip = self.cfg.SOLVER.CLIP_GRADIENTS
+        if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
+            return build_optimizer(self.cfg, model), None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        return build_optimizer(cfg, model), partial(
+            torch.nn.utils.clip_grad_norm_, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE
+        )
+
     def _load(self):
         start = self._start
         self.iter, self.start_iter = start.iteration, start.iteration + 1
@@ -174,8 +190,10 @@ class Trainer(TrainerBase):
         self.scheduler.load_state_dict({**saved["scheduler"], "base_lrs": self.scheduler.base_lrs})
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
             group["lr"] = rate
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty if that run did not scale its loss
+            self.scaler.load_state_dict(saved["scaler"])
         self.skipped, self._scalars = saved["skipped"], saved["scalars"]
+        self.images_seen.update(saved["images_seen"])
 
     def save_checkpoint(self):
         """Write the state after the last finished iteration."""
@@ -189,6 +207,7 @@ class Trainer(TrainerBase):
             "scaler": self.scaler.state_dict(),
             "scalars": save_scalars(self.storage),
             "skipped": self.skipped,
+            "images_seen": dict(self.images_seen),
             "iteration": last,
             "settings": self._settings,
             "pixels": self._pixels,  # modeling/weights.py tells from this what the weights fit
@@ -254,23 +273,30 @@ class Trainer(TrainerBase):
                 self.scaler.scale(sum(loss_dict.values()) / self.groups).backward()
             for name, loss in loss_dict.items():
                 losses[name] += loss.detach() / self.groups
-        self._count(batch)
         self.after_backward()
         self.scaler.unscale_(self.optimizer)
         norm = float(gradient_norm(self._bare))
         if self._usable(losses, norm, batch):
             SimpleTrainer.write_metrics(losses, waited, self.iter)
-            self.storage.put_scalar("gradient_norm", norm)
+            if math.isfinite(norm):
+                self.storage.put_scalar("gradient_norm", norm)
+            if self._clip:
+                self._clip(self._bare.parameters())
             self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def _usable(self, losses, norm, batch):
         """Whether the update is finite; also asks all processes whether to stop after it."""
-        # An overflow in float16 is the scaler's to handle: it leaves the update out.
-        finite = math.isfinite(sum(losses.values())) and (self.scaler.is_enabled() or math.isfinite(norm))
-        said = comm.all_gather((finite, self._preemption.requested))
-        self.preempted = any(stop for _, stop in said)
-        if all(ok for ok, _ in said):
+        # An overflow in float16 is the scaler's to handle: it leaves the update out and scales less. What is
+        # not finite at a scale of 1 is no overflow.
+        finite = math.isfinite(sum(losses.values())) and (math.isfinite(norm) or self.scaler.get_scale() > 1)
+        said = comm.all_gather((finite, self._preemption.requested, self._counts(batch)))
+        self.preempted = any(stop for _, stop, _ in said)
+        for _, _, counts in said:
+            self.images_seen.update(counts)
+        if self.images_seen["bad"]:
+            self.storage.put_scalar("bad_images", self.images_seen["bad"], smoothing_hint=False)
+        if all(ok for ok, _, _ in said):
             return True
         rate = self.optimizer.param_groups[0]["lr"]
         values = {name: float(loss) for name, loss in losses.items()}
@@ -285,13 +311,17 @@ class Trainer(TrainerBase):
         logger.warning("Update left out (%d so far): %s", self.skipped, message)
         return False
 
-    def _count(self, batch):
-        bad = [name for sample in batch for name in sample.get("bad_images", ())]
-        self.images_seen.update(images=len(batch), greyscale=sum(s["greyscale"] for s in batch), bad=len(bad))
+    @staticmethod
+    def _counts(batch):
+        """What this process has read; names the files that it could not read."""
+        bad = [name for sample in batch for name in sample["bad_images"]]
         for name in bad:
             logger.warning("%s cannot be read; another image is in its place", name)
-        if self.images_seen["bad"]:
-            self.storage.put_scalar("bad_images", self.images_seen["bad"], smoothing_hint=False)
+        return {
+            "images": len(batch),
+            "greyscale": sum(bool(sample.get("greyscale")) for sample in batch),
+            "bad": len(bad),
+        }
 
     def _synchronize_on(self, last):
         """Average gradients over the processes once an iteration, in its last group."""

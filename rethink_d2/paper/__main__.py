@@ -1,6 +1,7 @@
-"""``python -m rethink_d2.paper [list]``: the paper's runs and their published numbers.
+"""``python -m rethink_d2.paper``: the paper's runs, its configs checked, what follows from its results.
 
-A Markdown table of the curves, or every row as JSON.
+``list`` prints a Markdown table of the curves, or every row as JSON; ``check`` holds the configs against the
+paper; ``fidelity``, ``samples`` and ``localization`` print docs/fidelity.md, Figure 2 and section 5.1's AP75.
 """
 
 import argparse
@@ -11,7 +12,10 @@ from fnmatch import fnmatchcase
 
 from tabulate import tabulate
 
-from .manifest import load
+from . import fidelity, localization, samples
+from .check import examine
+from .lines import resolved
+from .manifest import find, load
 
 
 def table(runs=None):
@@ -90,6 +94,56 @@ def list_runs(args):
     return 0
 
 
+def check_configs(args):
+    """Print every line and what breaks it, as text or JSON; 1 if anything does."""
+    results = examine()
+    violations = [violation for _, _, found in results for violation in found]
+    if args.json:
+        rows = [
+            {
+                "line": line.name,
+                "what": line.what,
+                "source": line.source,
+                "runs": len(runs),
+                "violations": len(found),
+            }
+            for line, runs, found in results
+        ]
+        print(json.dumps({"lines": rows, "violations": list(map(dataclasses.asdict, violations))}, indent=1))
+    else:
+        for line, runs, found in results:
+            print(f"{'FAIL' if found else 'OK':<4} {len(runs):3} runs  {line.name}")
+        for violation in violations:
+            print(violation)
+        print(f"{len(results)} lines, {len(violations)} violations")
+    return 1 if violations else 0
+
+
+def print_fidelity(args):
+    """Print docs/fidelity.md."""
+    print(fidelity.document())
+    return 0
+
+
+def print_samples(args):
+    """Print Figure 2 by the paper's arithmetic and by the configs'."""
+    coco = samples.count(resolved(find("base-r50-gn-scratch-6x"))) if args.count else samples.COCO
+    readings = {"the paper's arithmetic": samples.paper_reading()}
+    readings["the configs'" + (", COCO counted" if args.count else "")] = samples.configs_reading(coco=coco)
+    print(samples.table(readings))
+    return 0
+
+
+def print_localization(args):
+    """Print the difference in box AP75 between the arms of finished runs."""
+    results = localization.localization(args.folder)
+    if not any(result.scratch or result.pretrained for result in results):
+        print(f"error: {args.folder} holds no finished run of base-r50-gn or base-r101-gn", file=sys.stderr)
+        return 2
+    print(localization.table(results))
+    return 0
+
+
 def argument_parser():
     """The sub-commands and their options; ``list`` may be left out."""
     parser = argparse.ArgumentParser(prog="python -m rethink_d2.paper", description=__doc__)
@@ -101,6 +155,17 @@ def argument_parser():
     listing.add_argument("--figure", metavar="PATTERN", help='where the paper shows it, e.g. "Fig 5"')
     listing.add_argument("--kind", metavar="PATTERN", help="train, cascade, evaluate, pretrain, search, ...")
     listing.add_argument("--json", action="store_true", help="every column, optional runs included")
+    checking = commands.add_parser("check", help="whether the configs are the paper's; exit code 1 if not")
+    checking.set_defaults(function=check_configs)
+    checking.add_argument("--json", action="store_true", help="lines and violations as JSON")
+    document = commands.add_parser("fidelity", help="every setting with its source: docs/fidelity.md")
+    document.set_defaults(function=print_fidelity)
+    figure = commands.add_parser("samples", help="Figure 2: images, instances and pixels seen by each arm")
+    figure.set_defaults(function=print_samples)
+    figure.add_argument("--count", action="store_true", help="count COCO's train2017 instead of assuming it")
+    ap75 = commands.add_parser("localization", help="section 5.1: box AP75 of finished runs")
+    ap75.set_defaults(function=print_localization)
+    ap75.add_argument("folder", metavar="OUT", help="holds <run id>/seed<k>/results.json")
     return parser
 
 
@@ -108,13 +173,17 @@ def cli(argv=None):
     """The command line.
 
     Returns:
-        int: 0, or 2 where nothing fits the filters.
+        int: 0; 1 where the configs are not the paper's; 2 where there is nothing to print, or input is wrong.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0].startswith("--") and argv[0] != "--help":
         argv = ["list", *argv]
     args = argument_parser().parse_args(argv)
-    return args.function(args)
+    try:
+        return args.function(args)
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

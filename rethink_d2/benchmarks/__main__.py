@@ -1,0 +1,42 @@
+"""``python -m rethink_d2.benchmarks WHAT``: one benchmark, or ``all``."""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import pkgutil
+import sys
+
+from .. import benchmarks
+from .common import environment, table
+
+# Every module of this package but the shared one is a benchmark: add_arguments(parser), run(args) -> [Result].
+NAMES = sorted(
+    m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("common", "__main__")
+)
+
+
+def cli(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="every value instead of a table")
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name in NAMES:
+        module = importlib.import_module(f"{benchmarks.__name__}.{name}")
+        command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
+        command.add_argument("--repeats", type=int, default=5)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    results = args.run(args)
+    if args.json:
+        values = [{**dataclasses.asdict(r), "ratio": r.ratio} for r in results]
+        print(json.dumps({"environment": environment(), "results": values}, indent=1))
+    else:
+        print(", ".join(f"{k} {v}" for k, v in environment().items()))
+        print(f"\n{table(results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

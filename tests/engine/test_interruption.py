@@ -1,0 +1,114 @@
+"""Killed, preempted and branched runs of the mini Mask R-CNN end as the run alone, bit for bit."""
+
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+from processes import TORCHRUN, Process, assert_same_run, finish, newest, record, results, tensors_digest
+
+from rethink_d2 import model_zoo
+from rethink_d2.engine import checkpoint
+from rethink_d2.preemption import EXIT_CODE
+
+pytestmark = pytest.mark.slow
+
+MINI = [
+    *("--config-file", model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")),
+    *("DATASETS.TRAIN", "('glyphs_tiny_train',)", "DATASETS.TEST", "('glyphs_tiny_val',)"),
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "100", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
+    # So that a model that knows next to nothing has detections, which take time.
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "20"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("SOLVER.SCHEDULE", "80", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "16"),
+]
+TWO = ["--num-gpus", "2", *MINI, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_GROUP", "1", "SOLVER.SCHEDULE", "40"]
+WORKERS = ["DATALOADER.NUM_WORKERS", "2"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(glyph_cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    finish(folder, *MINI)
+    return folder
+
+
+def kill(run, moment, rng):
+    """SIGKILL a run, its group or it alone, at a moment."""
+    if moment == "writing":
+        run.freeze_while(run.is_writing)
+    elif moment == "evaluating":
+        run.freeze_while(run.is_evaluating)
+    else:
+        run.until_checkpoint()  # so that every start gets further
+        time.sleep(rng.uniform(0, 0.5))
+    run.signal(signal.SIGKILL, group=rng.random() < 0.5)
+    assert run.end() == -signal.SIGKILL, run.output[-3000:]
+
+
+def survive(folder, seed, options):
+    """Kill a run again and again, then let it end; returns the moments."""
+    rng = random.Random(seed)
+    moments = 3 * ["writing"] + 3 * ["evaluating"] + 4 * ["any"]
+    rng.shuffle(moments)
+    with ExitStack() as stack:
+        runs = []
+        for moment in moments:
+            # At once, while loader workers of the one before may still be about to notice.
+            runs.append(stack.enter_context(Process(folder, "--resume", *MINI, *options)))
+            kill(runs[-1], moment, rng)
+        finish(folder, "--resume", *MINI, *options)
+        assert not any(run.alive() for run in runs)
+    return moments
+
+
+def test_twenty_kills(unbroken, tmp_path, record_property):
+    folders = [tmp_path / "alone", tmp_path / "workers"]
+    with ThreadPoolExecutor() as pool:
+        killed = list(pool.map(survive, folders, [1, 2], [[], WORKERS]))
+    for folder in folders:
+        assert_same_run(folder, unbroken)
+        left = {p.name for p in folder.iterdir() if p.name.startswith(".")}
+        assert left == {".lock"}
+    tried = sum(map(len, killed))
+    record_property("kills survived of tried", f"{tried} of {tried}")
+    print(f"kills survived: {tried} of {tried}")
+    assert tried == 20
+
+
+def preempt(run, number, group):
+    """Signal a run and see it stop in order."""
+    before = newest(run.folder)
+    run.signal(number, group)
+    run.signal(signal.SIGCONT)
+    assert run.end(60) == EXIT_CODE, run.output[-3000:]
+    assert f"{number.name}: stopping" in run.output
+    assert not run.orphans()
+    assert record(run.folder)["state"] == "preempted"
+    last = newest(run.folder)
+    assert last > before and checkpoint.is_whole(str(run.folder / f"model_{last:07d}.pth"))
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGUSR1), (signal.SIGUSR2, signal.SIGINT)])
+def test_preempted(unbroken, tmp_path, signals):
+    # No other checkpoints than those of the stops.
+    args = ["--resume", *MINI, *WORKERS, "SOLVER.CHECKPOINT_PERIOD", "0"]
+    for number, group in zip(signals, (False, True), strict=True):
+        with Process(tmp_path / "run", *args) as run:
+            run.until_started()
+            time.sleep(0.5)
+            preempt(run, number, group)
+    with Process(tmp_path / "run", *args) as run:
+        run.freeze_while(run.is_evaluating)
+        preempt(run, signals[0], True)
+        assert run.output.count("Start inference on") == run.output.count("copypaste: Task: bbox") + 1
+    done = newest(tmp_path / "run") + 1
+    assert done % 16 == 0 and done not in [row["iteration"] for row in results(tmp_path / "run")]
+    assert len(checkpoint.checkpoints(tmp_path / "run")) == 3
+    output = finish(tmp_path / "run", *args)
+    assert f"Starting training from iteration {done}" in output
+    assert_same_run(tmp_path / "run", unbroken)
