@@ -16,9 +16,12 @@ def add_rethink_config(cfg):
     # modules' constructors did; "msra", "detectron", "msra_all" are described in
     # modeling/initialization.py.
     cfg.MODEL.INIT = CN({"POLICY": ""})
-    # Length of training: "" (SOLVER.MAX_ITER and STEPS count), "6x" (6 x 90k iterations of 16
+    # Length of training: "" (SOLVER.MAX_ITER and STEPS count), "6x" (6 x ONE_X iterations of 16
     # images), "220k" or "300" (that many iterations). See solver/schedule.py for the rate drops.
     cfg.SOLVER.SCHEDULE = ""
+    # What "1x" means, in iterations of 16 images: the paper's 90k. The tails after the rate drops are 2/3 and
+    # 2/9 of it, so with less, every schedule shrinks in proportion.
+    cfg.SOLVER.ONE_X = 90_000
     # Images per forward pass of one process. Each process runs IMS_PER_BATCH / IMS_PER_GROUP /
     # processes such groups per iteration and averages their gradients.
     # 0 means IMS_PER_BATCH / processes: no accumulation, as stock Detectron2.

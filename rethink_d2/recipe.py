@@ -238,7 +238,7 @@ def _scale(cfg, world_size):
     schedule = solver.SCHEDULE
     if schedule and not schedule.strip().lower().endswith("x"):
         # "6x" counts images and follows the batch by itself; "300" counts iterations.
-        length = parse(schedule, solver.IMS_PER_BATCH).max_iter
+        length = parse(schedule, solver.IMS_PER_BATCH, solver.ONE_X).max_iter
         schedule = str(max(1, round(length * reference / world_size)))
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size).clone()
     scaled.defrost()
@@ -290,7 +290,7 @@ def resolve(cfg, world_size=None):
         cfg = _scale(cfg, world_size)
     solver = cfg.SOLVER
     if solver.SCHEDULE:
-        schedule = parse(solver.SCHEDULE, solver.IMS_PER_BATCH)
+        schedule = parse(solver.SCHEDULE, solver.IMS_PER_BATCH, solver.ONE_X)
         solver.MAX_ITER = schedule.max_iter
         solver.STEPS = tuple(schedule.steps)
         solver.LR_SCHEDULER_NAME = "WarmupMultiStepLR"

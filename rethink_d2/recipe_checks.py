@@ -248,7 +248,7 @@ def _schedule(s):
     solver = s.cfg.SOLVER
     if solver.SCHEDULE:
         try:
-            parse(solver.SCHEDULE, solver.IMS_PER_BATCH)
+            parse(solver.SCHEDULE, solver.IMS_PER_BATCH, solver.ONE_X)
         except ValueError as e:
             yield Problem("SOLVER.SCHEDULE", str(e), 'write e.g. "6x", "220k" or "300"')
             return

@@ -10,10 +10,9 @@ import sys
 from .. import benchmarks
 from .common import environment, table
 
-# Every module of this package but the shared one is a benchmark: add_arguments(parser), run(args) -> [Result].
-NAMES = sorted(
-    m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("common", "__main__")
-)
+# Every module here but these is a benchmark: add_arguments(parser) and run(args) -> [Result].
+_SHARED = ("common", "__main__")
+NAMES = sorted({m.name for m in pkgutil.iter_modules(benchmarks.__path__)} - set(_SHARED))
 
 
 def cli(argv=None):

@@ -13,6 +13,8 @@ from tabulate import tabulate
 
 __all__ = ["Result", "compare", "environment", "table"]
 
+PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "Pillow", "pycocotools", "faster-coco-eval")
+
 
 @dataclasses.dataclass
 class Result:

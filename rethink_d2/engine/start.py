@@ -109,7 +109,7 @@ def _branch(cfg, trunk, allow):
     _refuse(recipe.differences(then, now), (*allow, *declared), trunk)
     shared = recipe.shared_iterations(then, now)
     if cascade:
-        begin = parse(cascade, cfg.SOLVER.IMS_PER_BATCH).max_iter
+        begin = parse(cascade, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ONE_X).max_iter
         if begin > shared:
             raise ValueError(
                 f"SOLVER.CASCADE_FROM {cascade}: the schedules agree for {shared} iterations only"

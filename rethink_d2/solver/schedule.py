@@ -21,12 +21,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["IterationLR", "Schedule", "build_lr_scheduler", "multiplier", "parse"]
 
-# All in iterations of REFERENCE_BATCH images.
 REFERENCE_BATCH = 16
+# Iterations of REFERENCE_BATCH images.
 ONE_X = 90_000
-TAILS = (60_000, 20_000)
-# The shortest length with full tails: 2x, the shortest schedule of the paper's section 4.
-FULL_TAILS_FROM = 2 * ONE_X
+# The last 60k and the last 20k iterations, as parts of 1x.
+TAILS = (Fraction(2, 3), Fraction(2, 9))
+# The shortest multiple of 1x with full tails, which is the shortest schedule of the paper's section 4.
+FULL_TAILS_FROM = 2
 
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?)([xk]?)", re.ASCII)
 
@@ -43,16 +44,17 @@ class Schedule(NamedTuple):
     steps: tuple[int, ...]
 
 
-def parse(schedule: str, ims_per_batch: int) -> Schedule:
+def parse(schedule: str, ims_per_batch: int, one_x: int = ONE_X) -> Schedule:
     """Turn ``SOLVER.SCHEDULE`` into a length and rate drops.
 
-    The drops are the last 60k and the last 20k iterations of 16 images. Runs shorter than 2x (the
-    paper has none) keep the proportions of 2x: drops at 2/3 and 8/9 of the run.
+    The drops are the last 60k and the last 20k iterations of 16 images, or as much of another ``one_x``.
+    Runs shorter than 2x (the paper has none) keep the proportions of 2x: drops at 2/3 and 8/9 of the run.
 
     Args:
-        schedule: "6x" or "2.5x" (times 90k iterations of 16 images, more of them with smaller
+        schedule: "6x" or "2.5x" (times ``one_x`` iterations of 16 images, more of them with smaller
             batches), "220k" or "300" (literal iterations, whatever the batch).
         ims_per_batch: images per iteration over all processes (``SOLVER.IMS_PER_BATCH``).
+        one_x: what 1x means, in iterations of 16 images (``SOLVER.ONE_X``); the paper's 90k.
 
     Returns:
         Schedule: fractions of an iteration are cut off, so a run is never longer than asked for.
@@ -62,14 +64,16 @@ def parse(schedule: str, ims_per_batch: int) -> Schedule:
     """
     if ims_per_batch <= 0:
         raise ValueError(f"SOLVER.IMS_PER_BATCH: {ims_per_batch} is not positive")
+    if one_x <= 0:
+        raise ValueError(f"SOLVER.ONE_X: {one_x} is not positive; the paper's is {ONE_X}")
     match = _PATTERN.fullmatch(schedule)
     if match is None:
         raise ValueError(_message(schedule, "a training length"))
     # Exact arithmetic up to the end: floats would move drops by one iteration for some lengths.
     number, unit = Fraction(match[1]), match[2]
-    per_reference = Fraction(REFERENCE_BATCH, ims_per_batch)
+    one_x = Fraction(one_x * REFERENCE_BATCH, ims_per_batch)
     if unit == "x":
-        length = number * ONE_X * per_reference
+        length = number * one_x
     else:
         length = number * (1000 if unit == "k" else 1)
         if length.denominator != 1:
@@ -77,8 +81,8 @@ def parse(schedule: str, ims_per_batch: int) -> Schedule:
     if length <= 0:
         raise ValueError(_message(schedule, "a positive length"))
 
-    shrink = min(Fraction(1), length / (FULL_TAILS_FROM * per_reference))
-    first, second = (floor(length - tail * shrink * per_reference) for tail in TAILS)
+    full = min(one_x, length / FULL_TAILS_FROM)
+    first, second = (floor(length - tail * full) for tail in TAILS)
     # In runs of a few iterations both drops may fall on one; they stay two.
     first = min(first, second - 1)
     max_iter = floor(length)
@@ -201,7 +205,9 @@ def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRScheduler:
     schedule = solver.get("SCHEDULE", "")
     if not schedule and (solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR" or solver.RESCALE_INTERVAL):
         return build_detectron2_lr_scheduler(cfg, optimizer)
-    steps = parse(schedule, solver.IMS_PER_BATCH).steps if schedule else tuple(solver.STEPS)
+    steps = tuple(solver.STEPS)
+    if schedule:
+        steps = parse(schedule, solver.IMS_PER_BATCH, solver.get("ONE_X", ONE_X)).steps
     if any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
         raise ValueError(f"SOLVER.STEPS: {steps} is not ascending")
     return IterationLR(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 # One server imports everything once; processes forked from it start at once.
-multiprocessing.set_forkserver_preload(["rethink_d2.engine"])
+multiprocessing.set_forkserver_preload(["rethink_d2.engine", "torch.utils.tensorboard"])
 
 # Much longer than any test needs: whoever waits so long waits in vain.
 LIMIT = 120

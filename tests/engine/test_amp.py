@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from poison import States, poison
-from test_microsteps import mini
+from test_microsteps import mini, one_thread  # noqa: F401  the fixture
 from test_resume import StopsAfter, assert_equal, assert_same_run
 from toy import config, register_images
 

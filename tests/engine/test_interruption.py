@@ -25,6 +25,7 @@ MINI = [
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "20"),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
     *("SOLVER.SCHEDULE", "80", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "16"),
+    *("SOLVER.CHECKPOINT_KEEP", "3", "SOLVER.BRANCH_POINTS", "(20,)"),  # each is of 32 MB
 ]
 TWO = ["--num-gpus", "2", *MINI, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_GROUP", "1", "SOLVER.SCHEDULE", "40"]
 WORKERS = ["DATALOADER.NUM_WORKERS", "2"]
@@ -72,8 +73,7 @@ def test_twenty_kills(unbroken, tmp_path, record_property):
         killed = list(pool.map(survive, folders, [1, 2], [[], WORKERS]))
     for folder in folders:
         assert_same_run(folder, unbroken)
-        left = {p.name for p in folder.iterdir() if p.name.startswith(".")}
-        assert left == {".lock"}
+        assert not list(folder.glob(".writing-*"))
     tried = sum(map(len, killed))
     record_property("kills survived of tried", f"{tried} of {tried}")
     print(f"kills survived: {tried} of {tried}")
@@ -96,7 +96,8 @@ def preempt(run, number, group):
 @pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGUSR1), (signal.SIGUSR2, signal.SIGINT)])
 def test_preempted(unbroken, tmp_path, signals):
     # No other checkpoints than those of the stops.
-    args = ["--resume", *MINI, *WORKERS, "SOLVER.CHECKPOINT_PERIOD", "0"]
+    rare = ["SOLVER.CHECKPOINT_PERIOD", "0", "SOLVER.BRANCH_POINTS", "()"]
+    args = ["--resume", *MINI, *WORKERS, *rare]
     for number, group in zip(signals, (False, True), strict=True):
         with Process(tmp_path / "run", *args) as run:
             run.until_started()
@@ -112,3 +113,66 @@ def test_preempted(unbroken, tmp_path, signals):
     output = finish(tmp_path / "run", *args)
     assert f"Starting training from iteration {done}" in output
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_the_second_interrupt_stops_at_once(glyph_cache, tmp_path):
+    slow = ["INPUT.MIN_SIZE_TRAIN", "(128,)", "SOLVER.IMS_PER_BATCH", "32", "SOLVER.IMS_PER_GROUP", "2"]
+    with Process(tmp_path / "run", *MINI, *slow, *WORKERS) as run:
+        run.until_started()
+        run.signal(signal.SIGINT, group=True)
+        run.until(lambda: "SIGINT: stopping" in run.output)
+        run.signal(signal.SIGINT, group=True)
+        assert run.end(20) not in (0, EXIT_CODE)
+        assert not run.orphans()
+    assert newest(tmp_path / "run") == -1
+    assert record(tmp_path / "run")["state"] == "failed"
+
+
+@pytest.fixture(scope="module")
+def unbroken_two(glyph_cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken_two") / "run"
+    finish(folder, *TWO)
+    assert record(folder)["world_size"] == 2
+    return folder
+
+
+def test_two_processes(unbroken_two, tmp_path):
+    args = ["--resume", *TWO, "DATALOADER.NUM_WORKERS", "1"]
+    for number, group in ((signal.SIGUSR1, False), (signal.SIGINT, True), (signal.SIGTERM, True)):
+        with Process(tmp_path / "run", *args) as run:
+            run.until_checkpoint()
+            preempt(run, number, group)
+    with Process(tmp_path / "run", *args) as run:
+        run.until_checkpoint()
+        run.signal(signal.SIGKILL)  # the parent's children do not outlive it
+        assert run.end() == -signal.SIGKILL
+        assert not run.orphans()
+    finish(tmp_path / "run", *args)
+    assert_same_run(tmp_path / "run", unbroken_two)
+
+
+def test_torchrun(unbroken_two, tmp_path):
+    with Process(tmp_path / "run", "--resume", *TWO, prefix=TORCHRUN) as run:
+        run.until_checkpoint()
+        run.signal(signal.SIGTERM)
+        assert run.end() != 0
+        assert not run.orphans()
+    assert record(tmp_path / "run")["state"] == "preempted"
+    finish(tmp_path / "run", "--resume", *TWO, prefix=TORCHRUN)
+    assert_same_run(tmp_path / "run", unbroken_two)
+
+
+def test_only_one_process_trains_in_a_folder(glyph_cache, tmp_path):
+    args = ["--resume", *MINI, *WORKERS, "SOLVER.SCHEDULE", "10k", "TEST.EVAL_PERIOD", "0"]
+    with Process(tmp_path / "run", *args) as first:
+        first.until_checkpoint()
+        with Process(tmp_path / "run", *args) as second:
+            assert second.end() == 2
+            assert "another process is training there" in second.output
+            assert "Traceback" not in second.output
+        assert "Traceback" not in first.output
+        first.until_checkpoint()
+        first.signal(signal.SIGKILL)
+        first.end()
+        with Process(tmp_path / "run", *args) as third:
+            third.until_started()

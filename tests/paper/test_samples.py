@@ -58,7 +58,7 @@ def test_scale_augmentation_is_assumed_at_its_largest():
 def test_counting_a_data_set(real_data):
     counted = samples.count(resolved(find(SCRATCH)))
     augmented = samples.count(resolved(find("aug-r50-scratch-9x")))
-    assert counted.instances == augmented.instances == pytest.approx(731 / 80, rel=0.05)
+    assert counted.instances == augmented.instances == pytest.approx(731 / 80)
     assert 0.6 * 800 * 1333 < augmented.pixels < counted.pixels < 800 * 1333
 
 

@@ -1,0 +1,308 @@
+"""A compact index of COCO annotations, kept on disk and shared by all processes through the page cache.
+
+Detectron2 parses a COCO file at every start of every process, and keeps all of it in each. Here the first
+start writes an index below :func:`rethink_d2.data.glyphs.cache_root`; later ones map it into memory. The
+records are those of Detectron2's ``load_coco_json``, made when they are asked for; what a start asks of all
+records (sizes, classes, crowds, keypoints) are arrays.
+
+It serves data sets registered by ``register_coco_instances``, Detectron2's own COCO sets among them, and
+their subsets (data/subsets.py). Others are loaded as their own functions do.
+"""
+
+import copy
+import hashlib
+import inspect
+import itertools
+import json
+import logging
+import mmap
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.data import DatasetCatalog, MetadataCatalog, print_instances_class_histogram
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from filelock import FileLock
+
+from ._index_build import Unfit, build, read_header
+from .glyphs import CACHE_ENV, cache_root
+
+__all__ = ["IndexedRecords", "dataset_digest", "load"]
+
+logger = logging.getLogger(__name__)
+
+_VERSION = "index_v1"
+
+
+class IndexedRecords(Sequence):
+    """Images in Detectron2's data set format, decoded from an index when they are asked for.
+
+    Pickling it, for loader workers, takes the path and which images these are.
+
+    Args:
+        path (str or PathLike): an index.
+        image_root (str or PathLike): the folder of the image files.
+
+    Attributes:
+        digest (str): SHA-256 of the JSON file, as hexadecimal digits.
+        classes (list[str]): names by ``category_id``.
+        category_ids (list[int]): the file's own ids, by ``category_id``.
+        unmatched, without_polygon (int): annotations of the file that are in no record, because it does not
+            list their image, or because no polygon of theirs has three points.
+
+    Raises:
+        ValueError: the file is no index, or damaged.
+        OSError: from the file system.
+    """
+
+    def __init__(self, path, image_root):
+        self._path, self._image_root = os.fspath(path), os.fspath(image_root)
+        self._usable_only = False
+        self._open()
+        self._rows = np.arange(len(self._id))
+
+    def _open(self):
+        with open(self._path, "rb") as f:
+            if not os.fstat(f.fileno()).st_size:
+                raise Unfit("it is empty")
+            self._file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        header = read_header(self._file)
+        self.digest = header.sha256
+        self.category_ids, self.classes = map(list, zip(*header.categories, strict=True))
+        self.unmatched, self.without_polygon = header.unmatched, header.without_polygon
+        arrays = {
+            name: np.frombuffer(self._file, dtype, length, start)
+            for name, (dtype, start, length) in header.arrays.items()
+        }
+        self._id, self._height, self._width = (arrays[n] for n in ("id", "height", "width"))
+        self._keypoints, self._line, self._first = (arrays[n] for n in ("keypoints", "line", "first"))
+        self._category, self._crowd, self._unusable = (arrays[n] for n in ("category", "crowd", "unusable"))
+
+    def __reduce__(self):
+        return _restore, (self._path, self._image_root, self._rows, self._usable_only)
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        """One record, a new object each time; of a slice, the records of these images."""
+        if isinstance(index, slice):
+            return self._of(self._rows[index])
+        row = self._rows[index]
+        file_name, *annotations = _decode_lines(self._file[self._line[row] : self._line[row + 1]])
+        if self._usable_only:
+            dropped = self._unusable[self._first[row] : self._first[row + 1]]
+            annotations = [a for a, drop in zip(annotations, dropped, strict=True) if not drop]
+        return {
+            "file_name": os.path.join(self._image_root, file_name),
+            "height": int(self._height[row]),
+            "width": int(self._width[row]),
+            "image_id": int(self._id[row]),
+            "annotations": [_complete(annotation) for annotation in annotations],
+        }
+
+    @property
+    def ids(self):
+        """The images' ids (np.ndarray of int64)."""
+        return self._id[self._rows]
+
+    @property
+    def portrait(self):
+        """Whether images are higher than wide (np.ndarray of bool)."""
+        return (self._height > self._width)[self._rows]
+
+    def with_keypoints(self, minimum):
+        """The images with so many visible keypoints, as ``filter_images_with_few_keypoints``."""
+        kept = self._of(self._rows[self._keypoints[self._rows] >= minimum])
+        logger.info("%d images with fewer than %d keypoints left out", len(self) - len(kept), minimum)
+        return kept
+
+    def with_instances(self):
+        """The images with more than crowd regions, as ``filter_images_with_only_crowd_annotations``."""
+        kept = self._of(self._rows[self._per_image(~self._crowd)[self._rows] > 0])
+        logger.info("%d images without instances left out; %d are left", len(self) - len(kept), len(kept))
+        return kept
+
+    def usable(self):
+        """The same images without boxes that have no area in them: data/loader.py's ``drop_unusable``.
+
+        Returns:
+            IndexedRecords, Counter: as that function.
+        """
+        kept = self._of(self._rows)
+        kept._usable_only = True
+        numbers = {
+            "instances": kept._per_image(~self._crowd),
+            "crowd regions": kept._per_image(self._crowd),
+            "zero-size boxes left out": self._per_image(self._unusable),
+            "images without annotations": kept._per_image(np.ones_like(self._crowd)) == 0,
+        }
+        counts = {what: int(by_image[self._rows].sum()) for what, by_image in numbers.items()}
+        return kept, Counter({"images": len(self), **counts})
+
+    def instances_per_class(self):
+        """Numbers of instances, without crowd regions (np.ndarray of int, one per class)."""
+        chosen = np.zeros(len(self._id), bool)
+        chosen[self._rows] = True
+        counted = np.repeat(chosen, np.diff(self._first)) & ~self._crowd & self._present()
+        return np.bincount(self._category[counted], minlength=len(self.classes))
+
+    def log_histogram(self):
+        """Detectron2's table of instances per class."""
+        numbers = self.instances_per_class().tolist()
+        shared = [itertools.repeat({"category_id": c}, number) for c, number in enumerate(numbers)]
+        print_instances_class_histogram([{"annotations": list(itertools.chain(*shared))}], self.classes)
+
+    def _of(self, rows):
+        other = copy.copy(self)
+        other._rows = rows
+        return other
+
+    def _present(self):
+        """Which annotations the records have (of all images)."""
+        return ~self._unusable if self._usable_only else np.ones_like(self._unusable)
+
+    def _per_image(self, chosen):
+        """Number of chosen annotations that the records have, by row."""
+        total = np.concatenate([[0], np.cumsum(chosen & self._present())])
+        return np.diff(total[self._first])
+
+
+def _restore(path, image_root, rows, usable_only):
+    records = IndexedRecords(path, image_root)
+    records._rows, records._usable_only = rows, usable_only
+    return records
+
+
+_decode_lines = msgspec.json.Decoder().decode_lines
+
+
+def _complete(annotation):
+    """What Detectron2 data/datasets/coco.py makes of an annotation of the file, in place."""
+    mask = annotation.get("segmentation")
+    if isinstance(mask, dict) and isinstance(mask["counts"], list):
+        annotation["segmentation"] = mask_util.frPyObjects(mask, *mask["size"])
+    if points := annotation.get("keypoints"):
+        # From indices of pixels to coordinates.
+        annotation["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(points)]
+    annotation["bbox_mode"] = BoxMode.XYWH_ABS
+    return annotation
+
+
+def load(name):
+    """The records of a registered data set from its index, which is written at first.
+
+    As ``load_coco_json``, it sets ``thing_classes`` and ``thing_dataset_id_to_contiguous_id`` in the data
+    set's metadata. Safe with several processes at once: one writes, the others wait.
+
+    Args:
+        name (str): a data set.
+
+    Returns:
+        IndexedRecords, or None for ``DatasetCatalog`` to load it: it is not in COCO format, a file is missing,
+        the cache cannot be written, or Detectron2 may refuse the file or read it in another way. The last
+        two are logged.
+
+    Raises:
+        ValueError, OSError: a subset cannot be made (data/subsets.py).
+    """
+    json_file, image_root = _source(name)
+    if json_file is None or not os.path.isfile(json_file):
+        return None
+    try:
+        records = IndexedRecords(_ensure(json_file), image_root)
+    except (Unfit, msgspec.DecodeError) as e:
+        logger.warning("%s: no index of %s, because %s; it is loaded without", name, json_file, e)
+        return None
+    except OSError as e:
+        logger.warning(
+            "%s: no index (%s); it is loaded at every start. Set %s to a folder that can be written to",
+            name,
+            e,
+            CACHE_ENV,
+        )
+        return None
+    metadata = MetadataCatalog.get(name)
+    metadata.thing_classes = records.classes
+    metadata.thing_dataset_id_to_contiguous_id = {c: i for i, c in enumerate(records.category_ids)}
+    if records.unmatched:
+        logger.warning("%s: %d annotations are of no image in the file", json_file, records.unmatched)
+    if records.without_polygon:
+        logger.warning(
+            "%s: %d instances without a polygon of three points left out", json_file, records.without_polygon
+        )
+    logger.info("%s: %d images from the index of %s", name, len(records), json_file)
+    return records
+
+
+def dataset_digest(name):
+    """SHA-256 of a data set's annotation file, for telling whether two data sets are the same.
+
+    It is part of the index, so that it costs nothing once there is one; otherwise the file is read.
+
+    Args:
+        name (str): a data set.
+
+    Returns:
+        str or None: hexadecimal digits; None where there is no such data set or no such file.
+
+    Raises:
+        As :func:`load`.
+    """
+    json_file = _source(name)[0]
+    if json_file is None or not os.path.isfile(json_file):
+        return None
+    if index := _opened(_index_path(json_file)):
+        return index.digest
+    with open(json_file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _source(name):
+    """The local JSON file and the image folder of a data set that load_coco_json loads unchanged, or Nones."""
+    if name not in DatasetCatalog.list():
+        return None, None
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("subset"):
+        return PathManager.get_local_path(metadata.json_file), metadata.image_root
+    # Metadata alone would not tell: a function of somebody's own may give other records.
+    function = DatasetCatalog[name]
+    made_by = (function.__module__, getattr(function, "__qualname__", ""))
+    if made_by != (register_coco_instances.__module__, f"{register_coco_instances.__name__}.<locals>.<lambda>"):
+        return None, None
+    held = inspect.getclosurevars(function).nonlocals
+    return PathManager.get_local_path(os.fspath(held["json_file"])), held["image_root"]
+
+
+def _index_path(json_file):
+    """Where the index of a file belongs; a changed file has another."""
+    stat = os.stat(json_file)
+    stamp = json.dumps([os.path.abspath(json_file), stat.st_size, stat.st_mtime_ns])
+    key = hashlib.sha256(stamp.encode()).hexdigest()[:16]
+    return cache_root() / _VERSION / f"{Path(json_file).stem}-{key}.index"
+
+
+def _opened(path):
+    try:
+        return IndexedRecords(path, "")
+    except (OSError, ValueError):  # absent or damaged: both are mended by writing it
+        return None
+
+
+def _ensure(json_file):
+    path = _index_path(json_file)
+    if _opened(path):  # without the lock, so that a finished cache may be read-only
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".{path.name}.lock"):
+        if not _opened(path):
+            size = os.stat(json_file).st_size / 2**20
+            logger.info("Writing the index of %s (%.0f MiB), once: %s", json_file, size, path)
+            build(json_file, path)
+    return path
