@@ -1,16 +1,9 @@
 """What a recipe amounts to before it runs, as text."""
 
-import math
 from collections.abc import Mapping
 
+from .disk import checkpoint_bytes, checkpoints_kept
 from .modeling.inspection import frozen_modules, norms
-
-
-def _counts(model):
-    """Count elements: of parameters, of those that train, and of buffers."""
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return total, trained, sum(b.numel() for b in model.buffers())
 
 
 def _published(published):
@@ -59,12 +52,10 @@ def summary(cfg, model, sizes, world_size, published=None):
     scaling = "off"
     if solver.REFERENCE_WORLD_SIZE > 0:
         scaling = f"batch and rate fit {solver.REFERENCE_WORLD_SIZE} processes (SOLVER.REFERENCE_WORLD_SIZE)"
-    total, trained, buffers = _counts(model)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = frozen_modules(model)
-    # float32 parameters and buffers, and one momentum for each parameter that trains.
-    size = 4 * (total + buffers + trained)
-    period = solver.CHECKPOINT_PERIOD
-    kept = math.ceil(solver.MAX_ITER / period) if period > 0 else 1
+    size, kept = checkpoint_bytes(model), checkpoints_kept(cfg)
     policy = cfg.MODEL.INIT.POLICY or "as Detectron2's modules do"
     rows = [
         ("processes", f"{world_size} on {cfg.MODEL.DEVICE}"),

@@ -16,8 +16,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
+from .checks import Problem, check, nearest
 from .config import add_rethink_config
-from .recipe_checks import Problem, check, nearest
 from .solver.schedule import parse
 
 __all__ = [

@@ -1,3 +1,3 @@
 """Data sets and how they are read."""
 
-from . import classification, glyphs, subsets, voc  # noqa: F401  only registration
+from . import classification, fast_mapper, glyphs, subsets, voc  # noqa: F401  only registration

@@ -1,16 +1,17 @@
 """Reading COCO JSON piece by piece, and the file that data/index.py keeps of it.
 
-An index file is lines, arrays, a header and where the header begins. Lines are JSON texts: for every image, in
-ascending order of ids, its file name and then its annotations, so that one image's are together. Masks are
-taken over as text: parsing 60 million coordinates into objects is what makes a COCO file slow to load.
+An index file is lines of JSON, arrays, a header and where the header begins. The lines are first the images'
+file names, in ascending order of ids, then the annotations in the file's order. Masks are taken over as text:
 """
 
+import contextlib
+import gc
 import hashlib
+import itertools
 import mmap
 import os
 import re
 import struct
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
@@ -26,11 +27,10 @@ __all__ = ["Header", "Unfit", "build", "pieces", "read_header", "read_text"]
 MAGIC = b"rd2idx01"
 _TRAILER = struct.Struct("<Q8s")  # where the header begins; MAGIC
 _PIECE = 1 << 24  # bytes of JSON parsed at a time
-_BATCH = 1 << 14  # lines written at a time
 # Where one object of an array may end and the next begin.
 _BETWEEN = re.compile(rb"\}\s*,")
 
-_Id = Annotated[int, Meta(ge=-(2**63), lt=2**63)]
+_Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _Number = int | float  # told apart, as Detectron2 does not treat boxes of integers like others
 
 
@@ -86,9 +86,9 @@ class Header(Struct):
         unmatched (int): annotations of images that the file does not list.
         without_polygon (int): annotations left out because all their polygons have fewer than 3 points.
         arrays (dict): dtype, first byte and length by name. By image: ``id``, ``height``, ``width``,
-            ``keypoints`` (visible ones); ``line`` and ``first``, with one more entry at the end, are its first
-            byte and its first annotation. By annotation: ``category``, ``crowd``, ``unusable`` (nothing of
-            the box is in the image).
+            ``keypoints`` (visible ones), and ``first``, its first annotation, with one more entry. By annotation,
+            those of an image together: ``order``, the number of its line, ``category``, ``crowd``, ``unusable``
+            (nothing of the box is in the image). By line: ``line``, its first byte, with one more entry.
     """
 
     sha256: str
@@ -155,6 +155,19 @@ def _is_closed(text):
     return True
 
 
+@contextlib.contextmanager
+def _without_gc():
+    """Millions of small objects set off the garbage collector, which looks through all of the process's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_gc()
 def build(json_file, path):
     """Write the index of a COCO file; it appears whole or not at all.
 
@@ -166,13 +179,13 @@ def build(json_file, path):
         OSError: from the file system.
     """
     text = read_text(json_file)
-    with ThreadPoolExecutor(1) as pool, tempfile.TemporaryFile(dir=os.path.dirname(path)) as lines:
+    with ThreadPoolExecutor(1) as pool, replace_atomically(path) as f:
         digest = pool.submit(lambda: hashlib.sha256(text).hexdigest())
         document = decode(text, type=_Document)
         images = _images(document)
         categories = sorted((c.id, c.name) for c in document.categories)
-        sizes = [_write_lines(lines, [image.file_name for image in images])]
         found = _Annotations(images, categories, "minival" in json_file)
+        sizes = [_write_lines(f, [image.file_name for image in images])]
         with tqdm(
             total=len(memoryview(document.annotations)),
             desc=f"index of {os.path.basename(json_file)}",
@@ -181,21 +194,10 @@ def build(json_file, path):
             disable=None,  # no bar where standard error is a file
         ) as bar:
             for piece, length in pieces(document.annotations, _Annotation):
-                sizes.append(_write_lines(lines, found.add(piece)))
+                sizes.append(_write_lines(f, found.add(piece)))
                 bar.update(length)
-        arrays = found.arrays()
-        # The file name of every image, then the annotations in the file's order.
-        row = np.concatenate([np.arange(len(images)), arrays.pop("row")])
-        lines.flush()
-        with replace_atomically(path) as f:
-            order = np.argsort(row, kind="stable")
-            begins = _write_sorted(f, lines, np.concatenate(sizes), order)
-            arrays["first"] = np.searchsorted(row[order], np.arange(len(images) + 1))
-            arrays["line"] = begins[arrays["first"]]
-            arrays["first"] -= np.arange(len(images) + 1)  # without the lines of file names
-            for name in ("category", "crowd", "unusable"):
-                arrays[name] = arrays[name][order[order >= len(images)] - len(images)]
-            _finish(f, arrays, digest.result(), categories, found)
+        arrays = {**found.arrays(), "line": np.cumsum(np.concatenate([[0], *sizes]))}
+        _finish(f, arrays, digest.result(), categories, found)
 
 
 def _images(document):
@@ -212,17 +214,15 @@ def _images(document):
 
 
 class _Annotations:
-    """Turns annotations into lines, piece by piece, and collects what is kept as arrays."""
+    """Turns annotations into lines, piece by piece, and collects what is kept of them as arrays."""
 
     def __init__(self, images, categories, ids_may_repeat):
-        self._image_ids = np.array([i.id for i in images])
-        self._sizes = np.array([(i.width, i.height) for i in images], float)
-        self._other = {
-            "id": self._image_ids,
+        self._by_image = {
+            "id": np.array([i.id for i in images]),
             "height": np.array([i.height for i in images]),
             "width": np.array([i.width for i in images]),
+            "keypoints": np.zeros(len(images), int),
         }
-        self._keypoints = np.zeros(len(images), int)
         self._categories = {category: position for position, (category, _) in enumerate(categories)}
         self._ids_may_repeat = ids_may_repeat  # as Detectron2 data/datasets/coco.py allows
         self._ids, self._parts = [], []
@@ -230,61 +230,68 @@ class _Annotations:
 
     def add(self, annotations):
         """Take in a list of _Annotation; returns the lines of those that are kept."""
-        rows = self._rows(annotations)
-        self._ids.append(np.array([a.id for a in annotations], int)[rows >= 0])
-        self.unmatched += int((rows < 0).sum())
-        lines, kept, boxes = [], [], []
-        for annotation, row in zip(annotations, rows.tolist(), strict=True):
-            if row < 0:
-                continue
-            if annotation.ignore:
-                raise Unfit(f'annotation {annotation.id} has "ignore"')
-            mask = _mask(annotation.segmentation)
-            if mask is None:
-                self.without_polygon += 1
-                continue
-            category = self._categories.get(annotation.category_id)
-            if category is None:
-                raise Unfit(f"annotation {annotation.id} is of a category that is not listed")
-            if points := annotation.keypoints:
-                self._keypoints[row] += sum(visible > 0 for visible in points[2::3])
-            lines.append(
-                _Line(annotation.iscrowd, annotation.bbox, annotation.keypoints, category, mask)
-            )
-            kept.append((row, category, annotation.iscrowd not in (UNSET, 0)))
-            boxes.append(annotation.bbox)
-        if lines:
-            row, category, crowd = np.array(kept).T
-            self._parts.append(
-                (row, category.astype(np.int32), crowd.astype(bool), self._outside(np.array(boxes), row))
-            )
-        return lines
+        given, rows = len(annotations), self._rows(annotations)
+        annotations, rows = _where(rows >= 0, annotations, rows)
+        self.unmatched += given - len(annotations)
+        self._ids.append(np.array([a.id for a in annotations], int))
+        if ignored := [a.id for a in annotations if a.ignore]:
+            raise Unfit(f'annotation {ignored[0]} has "ignore"')
+        masks = [_mask(a.segmentation) for a in annotations]
+        kept = np.array([mask is not None for mask in masks], bool)
+        self.without_polygon += int((~kept).sum())
+        annotations, masks, rows = _where(kept, annotations, masks, rows)
+        try:
+            categories = [self._categories[a.category_id] for a in annotations]
+        except KeyError as e:
+            raise Unfit(f"category {e} of an annotation is not listed") from e
+        visible = [sum(v > 0 for v in a.keypoints[2::3]) if a.keypoints else 0 for a in annotations]
+        np.add.at(self._by_image["keypoints"], rows, visible)
+        crowd = np.array([a.iscrowd not in (UNSET, 0) for a in annotations], bool)
+        self._parts.append((rows, np.array(categories, np.int32), crowd, self._unusable(annotations, rows)))
+        return [
+            _Line(a.iscrowd, a.bbox, a.keypoints, category, mask)
+            for a, category, mask in zip(annotations, categories, masks, strict=True)
+        ]
 
     def _rows(self, annotations):
         """Positions of the annotations' images, -1 where there is no such image."""
-        wanted = np.array([a.image_id for a in annotations], int)
-        rows = np.searchsorted(self._image_ids, wanted).clip(max=len(self._image_ids) - 1)
-        return np.where(self._image_ids[rows] == wanted, rows, -1)
+        wanted, ids = np.array([a.image_id for a in annotations], int), self._by_image["id"]
+        rows = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
+        return np.where(ids[rows] == wanted, rows, -1)
 
-    def _outside(self, boxes, row):
-        """Whether nothing of a box is in its image: with BoxMode.convert's rounding to single precision."""
-        low, size = boxes[:, :2].astype(np.float32), boxes[:, 2:].astype(np.float32)
-        return ~(np.minimum(low + size, self._sizes[row]) > np.maximum(low, 0)).all(1)
+    def _unusable(self, annotations, rows):
+        """Whether nothing of a box is in its image, in single precision as BoxMode.convert computes."""
+        numbers = itertools.chain.from_iterable(a.bbox for a in annotations)
+        low, size = np.fromiter(numbers, np.float32).reshape(-1, 2, 2).swapaxes(0, 1)
+        whole = np.stack([self._by_image["width"][rows], self._by_image["height"][rows]], 1)
+        return ~(np.minimum(low + size, whole) > np.maximum(low, 0)).all(1)
 
     def arrays(self):
-        """By name; ``row`` is an annotation's image, and annotations are in the file's order."""
-        if not self._ids_may_repeat and self._ids:
-            ids = np.concatenate(self._ids)
-            if len(np.unique(ids)) < len(ids):
-                raise Unfit("an annotation id comes twice")
+        """By name, as :class:`Header` lists them, but for ``line``."""
+        ids = np.sort(np.concatenate([np.zeros(0, int), *self._ids]))
+        if not self._ids_may_repeat and (ids[1:] == ids[:-1]).any():
+            raise Unfit("an annotation id comes twice")
         none = (np.zeros(0, int), np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, bool))
-        by_annotation = (np.concatenate(part) for part in zip(none, *self._parts, strict=True))
-        names = ("row", "category", "crowd", "unusable")
+        rows, category, crowd, unusable = (
+            np.concatenate(parts) for parts in zip(none, *self._parts, strict=True)
+        )
+        order = np.argsort(rows, kind="stable")
+        images = len(self._by_image["id"])
         return {
-            **self._other,
-            "keypoints": self._keypoints,
-            **dict(zip(names, by_annotation, strict=True)),
+            **self._by_image,
+            "first": np.searchsorted(rows[order], np.arange(images + 1)),
+            "order": order + images,  # the lines before are file names
+            "category": category[order],
+            "crowd": crowd[order],
+            "unusable": unusable[order],
         }
+
+
+def _where(kept, *sequences):
+    """The elements of lists and arrays where ``kept`` is true."""
+    if kept.all():
+        return sequences
+    return [s[kept] if isinstance(s, np.ndarray) else list(itertools.compress(s, kept)) for s in sequences]
 
 
 _MASK = Decoder(list[list[_Number]] | dict[str, Any] | None)
@@ -302,9 +309,9 @@ def _mask(raw):
         return UNSET
     if isinstance(mask, dict):
         return raw
-    valid = [polygon for polygon in mask if len(polygon) % 2 == 0 and len(polygon) >= 6]
-    if len(valid) == len(mask):
+    if all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
         return raw
+    valid = [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
     return Raw(_ENCODER.encode(valid)) if valid else None
 
 
@@ -314,17 +321,6 @@ def _write_lines(f, values):
     f.write(text)
     ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
     return np.diff(ends, prepend=0)
-
-
-def _write_sorted(f, lines, sizes, order):
-    """Copy lines in another order; returns where they begin, and where the last one ends."""
-    starts = np.cumsum(sizes) - sizes
-    text = mmap.mmap(lines.fileno(), 0, access=mmap.ACCESS_READ)
-    for first in range(0, len(order), _BATCH):
-        batch = order[first : first + _BATCH]
-        spans = zip(starts[batch].tolist(), (starts + sizes)[batch].tolist(), strict=True)
-        f.write(b"".join([text[start:stop] for start, stop in spans]))
-    return np.concatenate([[0], np.cumsum(sizes[order])])
 
 
 def _finish(f, arrays, digest, categories, found):

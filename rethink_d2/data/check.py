@@ -9,8 +9,8 @@ Detectron2's records of them no longer show everything; of other data sets the r
 - warning: Detectron2 leaves it out or repairs it. Boxes without an area or beyond the image, polygons beyond
   the image, annotations of unknown images, polygons of fewer than three points (an error in records). Also
   a wrong ``num_keypoints``, which COCO's evaluation believes, and objects without a mask among others.
-- note: counts. Images, instances, how many of them are crowds (or difficult, in VOC) or have visible
-  keypoints, images without annotations or with crowds only; instances of each class, crowds left out.
+- note: counts. Images (without annotations, with crowds only), instances (crowds, difficult ones of VOC, with
+  visible keypoints), instances of each class without crowds.
 """
 
 import argparse
@@ -35,15 +35,13 @@ from tabulate import tabulate
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..recipe_checks import nearest
+from ..checks import nearest
 from .classification import class_names
 from .files import is_generated, missing_files, remedy
 from .voc import image_ids, list_file, read_annotation
 
-LEVELS = ("error", "warning", "note")
 EXAMPLES = 10
-# Pixels beyond the image that are rounding, not a fault.
-TOLERANCE = 1.0
+TOLERANCE = 1.0  # pixels beyond the image that are rounding, not a fault
 # What reading an entry of a wrong form may raise.
 _BAD = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
@@ -78,12 +76,12 @@ def check_dataset(name, workers=0):
         list[Finding]: errors first, then warnings, then notes.
 
     Raises:
-        ValueError: there is no such data set, or its files are not on this machine.
+        ValueError: there is no such data set, or its files are not there.
     """
     _require(name)
     check = _Check(name)
-    check.records(check.read(), workers)
-    return sorted(check.findings, key=lambda finding: LEVELS.index(finding.level))
+    check.run(check.read(), workers)
+    return sorted(check.findings, key=lambda f: ("error", "warning", "note").index(f.level))
 
 
 def _require(name):
@@ -131,13 +129,12 @@ class _Check:
 
     def read(self):
         """The records, in Detectron2's format but for what ``category_id`` is."""
-        meta = self.meta
         if self.coco:
-            return self._read_coco(meta.json_file)
-        if meta.get("voc_parts"):
-            return self._read_voc(meta.voc_parts)
-        if all(meta.get(key) for key in ("dirname", "split", "year")):
-            return self._read_voc([(meta.dirname, meta.split, meta.year)])
+            return self._read_coco(self.meta.json_file)
+        if parts := self.meta.get("voc_parts"):
+            return self._read_voc(parts)
+        if all(part := [self.meta.get(key) for key in ("dirname", "split", "year")]):
+            return self._read_voc([part])
         return self._read_plain()
 
     def _read_coco(self, path):
@@ -148,9 +145,8 @@ class _Check:
             with PathManager.open(path, "rb") as f:
                 document = json.load(f)
             self._coco_classes(path, document["categories"])
-            images, annotations = document["images"], document.get("annotations", ())
-        # These are the only files that load_coco_json excuses from unique ids.
-        level = "warning" if "minival" in path else "error"
+            images, annotations = list(document["images"]), list(document.get("annotations", ()))
+        level = "warning" if "minival" in path else "error"  # as load_coco_json excuses these files
         records, seen, annotation_ids = {}, set(), set()
         for number, image in enumerate(images, 1):
             with self.entry(f"{path}, entry {number} of images"):
@@ -162,8 +158,6 @@ class _Check:
             with self.entry(f"{path}, entry {number} of annotations"):
                 where = f"{path}, annotation {annotation['id']}"
                 self.once(annotation_ids, annotation["id"], "duplicate-annotation", where, level)
-                if annotation.get("ignore"):
-                    self.add("error", "malformed", where, "Detectron2 does not support 'ignore'")
                 annotation["bbox_mode"] = BoxMode.XYWH_ABS
                 if record := records.get(annotation["image_id"]):
                     record["annotations"].append(annotation)
@@ -178,9 +172,8 @@ class _Check:
         if len(self.classes) < len(categories):
             self.add("error", "classes", path, "some categories have the same id")
         names = list(self.classes.values())
-        if (known := self.meta.get("thing_classes", names)) != names:
-            what = f"its {len(names)} classes are not the {len(known)} thing_classes of the data set"
-            self.add("error", "classes", path, f"{what}: {sorted(set(names) ^ set(known))[:EXAMPLES]}")
+        if self.meta.get("thing_classes", names) != names:
+            self.add("error", "classes", path, f"not the thing_classes of {self.name}, or in another order")
 
     def _read_voc(self, parts):
         self.classes = {name: name for name in self.meta.thing_classes}
@@ -221,7 +214,7 @@ class _Check:
                 good.append(record | {"file_name": os.fspath(record["file_name"])})
         return good
 
-    def records(self, records, workers):
+    def run(self, records, workers):
         """Check all images and annotations, and count."""
         if not records and not self.findings:
             self.add("error", "no-images", self.name, "there is nothing to train on")
@@ -240,11 +233,11 @@ class _Check:
         else:
             size = tuple(real if side is None else side for side, real in zip(size, shape, strict=True))
             if size != shape:
-                what = f"{shape[1]}x{shape[0]} pixels (after EXIF rotation), annotated as {size[1]}x{size[0]}"
+                what = f"{shape[1]}x{shape[0]} pixels (EXIF rotation applied), annotated {size[1]}x{size[0]}"
                 self.add("error", "image-size", path, what)
+        self.counts["images"] += 1
         if "label" in record:
             self._class(record["label"], path)
-        self.counts["images"] += 1
         if (annotations := record.get("annotations")) is None:
             return
         crowds = sum(bool(a.get("iscrowd", 0)) for a in annotations)
@@ -271,6 +264,8 @@ class _Check:
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         x0, y0, x1, y1 = (float(side) for side in box)
         said = f"{x0:g}, {y0:g} to {x1:g}, {y1:g}"
+        if self.coco and annotation.get("ignore"):
+            raise ValueError("Detectron2 does not support 'ignore'")
         if not math.isfinite(x0 + y0 + x1 + y1):
             raise ValueError(f"the box {said} is not finite")
         if min(x1 - x0, y1 - y0) <= self.no_side:
@@ -285,13 +280,13 @@ class _Check:
         if not mask and not crowd:
             self.without_mask.append(where)
         if isinstance(mask, dict):
-            listed = self.coco and isinstance(mask["counts"], list)  # of records, Detectron2 reads no list
-            if list(mask["size"]) != [height, width] or listed and sum(mask["counts"]) != height * width:
+            counts, pixels = mask["counts"], height * width
+            listed = self.coco and isinstance(counts, list)  # which Detectron2 compresses, but not of records
+            fits = sum(counts) == pixels if listed else _has(counts, pixels)
+            if list(mask["size"]) != [height, width] or not fits:
                 self.add("error", "rle-size", where, f"not that of the image, {width}x{height} pixels")
-            elif not listed:
-                mask_util.decode(mask)  # raises
             mask = ()
-        polygons = [np.asarray(polygon, dtype=float) for polygon in mask or ()]
+        polygons = [np.asarray(polygon, dtype=float).ravel() for polygon in mask or ()]
         fit = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0]
         if len(fit) < len(polygons):
             level = "warning" if self.coco else "error"
@@ -304,13 +299,11 @@ class _Check:
         wanted = 3 * len(self.meta.get("keypoint_names", ()))
         if not len(keypoints) and (crowd or not wanted):
             return
-        if len(keypoints) != wanted if wanted else len(keypoints) % 3:
-            what = f"{len(keypoints)} numbers, not {wanted or 'a multiple of 3'}"
-            self.add("error", "keypoints-length", where, what)
-            return
         visible = int((keypoints[2::3] > 0).sum())
         self.counts["with-visible-keypoints"] += bool(visible) and not crowd
-        if (said := annotation.get("num_keypoints", visible)) != visible:
+        if len(keypoints) != wanted if wanted else len(keypoints) % 3:
+            self.add("error", "keypoints-length", where, f"{len(keypoints)} instead of {wanted or '3 each'}")
+        elif (said := annotation.get("num_keypoints", visible)) != visible:
             self.add("warning", "num-keypoints", where, f"{said}, but {visible} are visible")
 
     def _notes(self):
@@ -323,9 +316,17 @@ class _Check:
             self.add("note", "class", name, f"{count}", count)
 
 
+def _has(counts, pixels):
+    """Whether a compressed RLE has so many pixels; decoding refuses more, but leaves the rest undefined."""
+    for size in (pixels - 1, pixels):
+        with contextlib.suppress(ValueError):
+            mask_util.decode({"counts": counts, "size": [size, 1]})
+            return size == pixels
+    return False
+
+
 def _beyond(xs, ys, height, width):
-    left, top, right, bottom = -min(xs), -min(ys), max(xs) - width, max(ys) - height
-    return max(left, top, right, bottom) > TOLERANCE
+    return max(-min(xs), -min(ys), max(xs) - width, max(ys) - height) > TOLERANCE
 
 
 def _decode(path):
@@ -367,8 +368,7 @@ def cli(argv=None):
     """
     parser = argparse.ArgumentParser(
         prog="python -m rethink_d2.data.check",
-        description="Look for faults in data sets before training on them.",
-        epilog="Exit code: 0 without errors, 1 with errors, 2 if a data set is unknown or not there.",
+        description="Look for faults in data sets. Exit code: 1 with errors, 2 if one is unknown or absent.",
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help="a registered data set, e.g. voc_2012_train")
     cores = len(os.sched_getaffinity(0))

@@ -114,9 +114,9 @@ class FastMapper(CountingMapper):
         def apply_box(boxes):
             if annotations[0]["bbox_mode"] == BoxMode.XYWH_ABS:
                 # Detectron2 adds floating point numbers in single precision here.
-                boxes = boxes.astype(np.float32) if boxes.dtype == np.float64 else boxes
-                boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-                boxes = boxes.astype(np.float64) if boxes.dtype == np.float32 else boxes
+                added = boxes.astype(np.float32) if boxes.dtype == np.float64 else boxes
+                added = BoxMode.convert(added, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+                boxes = added.astype(boxes.dtype)
             return np.minimum(transforms.apply_box(boxes).clip(min=0), [width, height, width, height])
 
         boxes = _batched(apply_box, [np.asarray(a["bbox"])[None] for a in annotations])
@@ -169,14 +169,17 @@ class FastPolygonMasks(PolygonMasks):
         masks = np.zeros((len(self), mask_size, mask_size), dtype=bool)
         polygons = [p for polygons in self.polygons for p in polygons]
         if polygons:
-            lengths = [len(p) // 2 for p in polygons]
-            owner = np.repeat(np.repeat(np.arange(len(self)), counts), lengths)
+            lengths = np.array([len(p) for p in polygons])
+            owner = np.repeat(np.repeat(np.arange(len(self)), counts), lengths // 2)
             scale = mask_size / np.maximum(corners[:, 2:] - corners[:, :2], 0.1)
             points = (np.concatenate(polygons).reshape(-1, 2) - corners[owner, :2]) * scale[owner]
-            drawn = [p.reshape(-1) for p in np.split(points, np.cumsum(lengths)[:-1])]
-            drawn = mask_util.decode(mask_util.frPyObjects(drawn, mask_size, mask_size)).transpose(2, 0, 1)
-            some = counts > 0
-            masks[some] = np.maximum.reduceat(drawn, (np.cumsum(counts) - counts)[some])
+            flat, ends = points.reshape(-1), np.cumsum(lengths)
+            moved = [flat[start:end] for start, end in zip(ends - lengths, ends, strict=True)]
+            drawn = mask_util.decode(mask_util.frPyObjects(moved, mask_size, mask_size)).astype(bool)
+            first = np.cumsum(counts) - counts
+            for nth in range(counts.max()):
+                has = counts > nth
+                masks[has] |= drawn.transpose(2, 0, 1)[first[has] + nth]
         return torch.from_numpy(masks).to(boxes.device)
 
 
@@ -190,14 +193,13 @@ class _PlanarInput(T.AugInput):
 
     def transform(self, tfm):
         image = self.image
-        planar = image.dtype == np.uint8 and image.strides[1] == 1
-        if planar and type(tfm) is T.ResizeTransform and tfm.interp == Image.BILINEAR:
+        if image.dtype == np.uint8 and type(tfm) is T.ResizeTransform and tfm.interp == Image.BILINEAR:
             size = (tfm.new_w, tfm.new_h)
             resized = np.empty((image.shape[2], *size[::-1]), np.uint8)
             for channel, plane in enumerate(resized):
                 cv2.resize(image[:, :, channel], size, dst=plane, interpolation=cv2.INTER_LINEAR)
             self.image = resized.transpose(1, 2, 0)
-        elif planar and type(tfm) in (HFlipTransform, VFlipTransform):
+        elif image.strides[1] == 1 and type(tfm) in (HFlipTransform, VFlipTransform):
             for channel in range(image.shape[2]):
                 plane = image[:, :, channel]
                 cv2.flip(plane, int(type(tfm) is HFlipTransform), dst=plane)

@@ -81,7 +81,8 @@ class IndexedRecords(Sequence):
             for name, (dtype, start, length) in header.arrays.items()
         }
         self._id, self._height, self._width = (arrays[n] for n in ("id", "height", "width"))
-        self._keypoints, self._line, self._first = (arrays[n] for n in ("keypoints", "line", "first"))
+        self._keypoints, self._first = (arrays[n] for n in ("keypoints", "first"))
+        self._order, self._line = (arrays[n] for n in ("order", "line"))
         self._category, self._crowd, self._unusable = (arrays[n] for n in ("category", "crowd", "unusable"))
 
     def __reduce__(self):
@@ -95,7 +96,9 @@ class IndexedRecords(Sequence):
         if isinstance(index, slice):
             return self._of(self._rows[index])
         row = self._rows[index]
-        file_name, *annotations = _decode_lines(self._file[self._line[row] : self._line[row + 1]])
+        lines = [row, *self._order[self._first[row] : self._first[row + 1]]]
+        text = b"".join([self._file[self._line[i] : self._line[i + 1]] for i in lines])
+        file_name, *annotations = _decode_lines(text)
         if self._usable_only:
             dropped = self._unusable[self._first[row] : self._first[row + 1]]
             annotations = [a for a, drop in zip(annotations, dropped, strict=True) if not drop]

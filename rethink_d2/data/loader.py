@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..preemption import end_workers, ignore_signals
+from . import index, subsets
 from .mapper import build_mapper
 from .order import GroupOrder, mix
 
@@ -32,12 +33,14 @@ def drop_unusable(records):
     """Leave out boxes without an area in the image and count what a data set holds.
 
     Args:
-        records (list[dict]): images in Detectron2's data set format; not changed.
+        records (list[dict] or IndexedRecords): images in Detectron2's data set format; not changed.
 
     Returns:
-        list[dict], Counter: the images, those with such boxes as copies without them; the numbers
-        of images, instances, crowd regions, zero-size boxes and images without annotations.
+        list[dict] or IndexedRecords, Counter: the images, those with such boxes as copies without them; the
+        numbers of images, instances, crowd regions, zero-size boxes and images without annotations.
     """
+    if isinstance(records, index.IndexedRecords):
+        return records.usable()
     kept, counts = [], Counter()
     for record in records:
         annotations = [a for a in record.get("annotations", []) if _has_area(a, record)]
@@ -66,17 +69,29 @@ def _has_area(annotation, record):
 def training_records(cfg):
     """The images that ``cfg`` trains on, counted in the log.
 
+    Returns:
+        IndexedRecords, which takes no memory to speak of, for a single data set that data/index.py serves;
+        list[dict] for others.
+
     Raises:
         ValueError: nothing to train on is left.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=False, min_keypoints=keypoints, check_consistency=False
-    )
+    records = _indexed(*cfg.DATASETS.TRAIN) if len(cfg.DATASETS.TRAIN) == 1 else None
+    if records is None:
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=False, min_keypoints=keypoints, check_consistency=False
+        )
+    elif keypoints:
+        records = records.with_keypoints(keypoints)
     records, counts = drop_unusable(records)
     logger.info("%s: %s", ", ".join(cfg.DATASETS.TRAIN), ", ".join(f"{v} {k}" for k, v in counts.items()))
+    if isinstance(records, index.IndexedRecords):
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            records = records.with_instances()
+        records.log_histogram()
     # Image classification has no annotations to be empty.
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in r for r in records):
+    elif cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in r for r in records):
         records = filter_images_with_only_crowd_annotations(records)
     if not records:
         raise ValueError(
@@ -85,10 +100,20 @@ def training_records(cfg):
     return records
 
 
+def _indexed(name):
+    records = index.load(name)
+    if records is not None and MetadataCatalog.get(name).get("subset"):
+        subsets.report(name, records.ids.tolist())
+    return records
+
+
 def count_images(name):
     """Number of images of a registered data set, without generating or reading it where it says so."""
     declared = MetadataCatalog.get(name).get("num_images", None)
-    return len(DatasetCatalog.get(name)) if declared is None else declared
+    if declared is not None:
+        return declared
+    records = _indexed(name)
+    return len(DatasetCatalog.get(name) if records is None else records)
 
 
 # What an image file that is missing, damaged or another one raises: SyntaxError is PIL's PNG reader's.
@@ -97,7 +122,11 @@ UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, SizeMismatchEr
 
 
 class BadImageError(RuntimeError):
-    """A training image that cannot be read or prepared."""
+    """A training image that cannot be read."""
+
+    def __init__(self, message):
+        # A loader worker's comes with the worker's traceback before it, which says nothing about the file.
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 def _unreadable(error):
@@ -109,7 +138,7 @@ class Groups(Dataset):
     """Training samples by the position of their group in the run's sequence.
 
     Args:
-        records (list[dict]): images in Detectron2's data set format.
+        records (list[dict] or IndexedRecords): images in Detectron2's data set format.
         mapper (callable): makes a sample of a record; its randomness may come from numpy's or Python's global
             generator, which are seeded for each sample.
         group_size (int), seed (int): see :class:`~rethink_d2.data.order.GroupOrder`.
@@ -121,9 +150,16 @@ class Groups(Dataset):
     TRIES = 10
 
     def __init__(self, records, mapper, group_size, seed, *, by_orientation, skip_bad=False):
-        portrait = [by_orientation and r.get("height", 0) > r.get("width", 0) for r in records]
+        compact = isinstance(records, index.IndexedRecords)
+        if not by_orientation:
+            portrait = np.zeros(len(records), bool)
+        elif compact:
+            portrait = records.portrait
+        else:
+            portrait = [r.get("height", 0) > r.get("width", 0) for r in records]
         self._order = GroupOrder(portrait, group_size, seed)
-        self._records = DatasetFromList(records)  # one serialized block, which loader workers share
+        # One serialized block, which loader workers share.
+        self._records = records if compact else DatasetFromList(records)
         self._mapper, self._seed, self._skip_bad = mapper, seed, skip_bad
 
     def __getitem__(self, position):
@@ -143,7 +179,7 @@ class Groups(Dataset):
             except Exception as e:
                 reason = f"{type(e).__name__}: {e}"
                 if not _unreadable(e):
-                    raise BadImageError(f"{name}: INPUT.MAPPER failed on it ({reason})") from e
+                    raise RuntimeError(f"{name}: INPUT.MAPPER failed on it ({reason})") from e
                 bad.append(name)
         cure = (
             f"all {self.TRIES} images tried for one place are like that"
@@ -176,7 +212,7 @@ def build_train_loader(cfg, records, start_iter=0):
 
     Args:
         cfg (CfgNode): a resolved config.
-        records (list[dict]): from :func:`training_records`.
+        records (list[dict] or IndexedRecords): from :func:`training_records`.
         start_iter (int): the first iteration to load for.
 
     Returns:

@@ -229,11 +229,16 @@ def _cut(subset, paths):
 def _load(name):
     meta = MetadataCatalog.get(name)
     records = load_coco_json(meta.json_file, meta.image_root, name)
-    ids = [record["image_id"] for record in records]
-    logger.info(_describe(name, ids))
-    if len(ids) != meta.subset.size:
-        logger.warning("%s: %d images, where %d are expected", name, len(ids), meta.subset.size)
+    report(name, [record["image_id"] for record in records])
     return records
+
+
+def report(name, ids):
+    """Log which images were loaded of a subset, and whether they are as many as expected."""
+    logger.info(_describe(name, ids))
+    expected = MetadataCatalog.get(name).subset.size
+    if len(ids) != expected:
+        logger.warning("%s: %d images, where %d are expected", name, len(ids), expected)
 
 
 def _describe(name, ids):

@@ -93,6 +93,9 @@ def _replace(source, target):
     except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
+    # Replacing a name of the same file does nothing.
+    if os.path.exists(temporary):
+        os.unlink(temporary)
 
 
 class CheckpointStore:
@@ -113,8 +116,10 @@ class CheckpointStore:
         self._pending = None
         os.makedirs(folder, exist_ok=True)
         for name in os.listdir(folder):
-            if name.startswith(_TEMPORARY):
-                os.unlink(os.path.join(folder, name))
+            path = os.path.join(folder, name)
+            alone = name.endswith(".pth.sha256") and not os.path.exists(path.removesuffix(".sha256"))
+            if name.startswith(_TEMPORARY) or alone:
+                os.unlink(path)
 
     def save(self, iteration, state, names=()):
         """Write the state after an iteration; any earlier write is completed first.
@@ -133,10 +138,15 @@ class CheckpointStore:
         else:
             self._pending = self._thread.submit(self._write, iteration, _to_cpu(state), names)
 
-    def also(self, iteration, name):
-        """Give the checkpoint of an iteration a further name, such as "model_best"."""
+    def holds(self, iteration):
+        """Whether the checkpoint of an iteration is there and whole; any earlier write is completed first."""
         self.wait()
-        self._name(os.path.join(self.folder, f"model_{iteration:07d}.pth"), name)
+        return is_whole(self._path(iteration))
+
+    def also(self, iteration, name):
+        """Give the newest checkpoint, that of this iteration, a further name, such as "model_best"."""
+        self.wait()
+        self._complete(self._path(iteration), [name])
 
     def wait(self):
         """Return when nothing is being written any more; raises as :meth:`save`."""
@@ -144,13 +154,14 @@ class CheckpointStore:
         if pending is not None:
             pending.result()
 
+    def _path(self, iteration):
+        return os.path.join(self.folder, f"model_{iteration:07d}.pth")
+
     def _write(self, iteration, state, names):
-        path = os.path.join(self.folder, f"model_{iteration:07d}.pth")
+        path = self._path(iteration)
         try:
             self._write_file(path, state)
-            for name in names:
-                self._name(path, name)
-            write_atomically(os.path.join(self.folder, POINTER), os.path.basename(path))
+            self._complete(path, names)
         except OSError as e:
             message = (
                 f"{path} could not be written ({e.strerror or e}); earlier checkpoints are as they were. "
@@ -160,8 +171,6 @@ class CheckpointStore:
             if self._required:
                 raise CheckpointError(message) from e
             logger.error(message)
-            return
-        self._prune()
 
     def _write_file(self, path, state):
         handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=_TEMPORARY)
@@ -170,25 +179,27 @@ class CheckpointStore:
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
-            checksum = digest(temporary)
             os.chmod(temporary, 0o644)
+            self._write_checksum(path, digest(temporary))
             os.replace(temporary, path)
         except BaseException as e:
             os.unlink(temporary)
             if isinstance(e, RuntimeError):  # torch's writer hides the cause that the system gave
                 raise OSError(f"{e}".splitlines()[0]) from e
             raise
-        self._write_checksum(path, checksum)
 
     def _write_checksum(self, path, checksum):
-        # After the file, so that a checksum never vouches for one that is not there yet.
+        # Before the file: a first one without checksum would leave a run that cannot be resumed.
         write_atomically(f"{path}.sha256", f"{checksum}  {os.path.basename(path)}\n")
 
-    def _name(self, path, name):
-        target = os.path.join(self.folder, f"{name}.pth")
-        _replace(path, target)
-        with open(f"{path}.sha256") as f:
-            self._write_checksum(target, f.read().split()[0])
+    def _complete(self, path, names):
+        for name in names:
+            target = os.path.join(self.folder, f"{name}.pth")
+            with open(f"{path}.sha256") as f:
+                self._write_checksum(target, f.read().split()[0])
+            _replace(path, target)
+        write_atomically(os.path.join(self.folder, POINTER), os.path.basename(path))
+        self._prune()
 
     def _prune(self):
         if not self._keep:

@@ -12,7 +12,7 @@ WINDOW = 20
 
 
 def save_scalars(storage):
-    """The latest values of every scalar, as plain data.
+    """The latest values of every scalar but the time of an iteration, as plain data.
 
     Args:
         storage (EventStorage): of the running training.
@@ -22,6 +22,10 @@ def save_scalars(storage):
     """
     hints, saved = storage.smoothing_hints(), {}
     for name, history in storage.histories().items():
+        if name == "time":
+            # Detectron2 does not time the first iterations after a start: if the next row is among these, the
+            # time before them, being of another iteration, would get a row of its own.
+            continue
         # The window is of iterations, and a model writes some scalars in each of an iteration's groups.
         count = max(WINDOW, storage.count_samples(name, WINDOW))
         values = [[float(v), int(i)] for v, i in history.values()[-count:]]

@@ -235,9 +235,7 @@ class Trainer(TrainerBase):
                 self.iter = self.max_iter
                 self.after_train()
             except Preempted:
-                if self._store and min(self.iter, self.max_iter - 1) not in checkpoint.checkpoints(
-                    self.cfg.OUTPUT_DIR
-                ):
+                if self._store and not self._store.holds(min(self.iter, self.max_iter - 1)):
                     self.save_checkpoint()
                 raise
             finally:
@@ -252,6 +250,12 @@ class Trainer(TrainerBase):
         if self._start.path is None:
             return
         self.storage.iter = self.iter
+        if self._store and self.iter == self.max_iter - 1:
+            # A kill may have come before the last name, and a branch have nothing left to train.
+            if self._store.holds(self.iter):
+                self._store.also(self.iter, "model_final")
+            else:
+                self.save_checkpoint()
         kinds = [type(h) for h in self._hooks]
         for hook in self._hooks[kinds.index(Checkpoints) + 1 :]:
             hook.after_step()
@@ -339,7 +343,7 @@ class Trainer(TrainerBase):
         self._results_before = ()
         best = self.cfg.SOLVER.CHECKPOINT_BEST
         if best and self._store and self._is_best(best, done):
-            if done - 1 not in checkpoint.checkpoints(self.cfg.OUTPUT_DIR):
+            if not self._store.holds(done - 1):
                 self.save_checkpoint()
             self._store.also(done - 1, "model_best")
         return metrics

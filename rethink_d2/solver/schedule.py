@@ -24,9 +24,9 @@ __all__ = ["IterationLR", "Schedule", "build_lr_scheduler", "multiplier", "parse
 REFERENCE_BATCH = 16
 # Iterations of REFERENCE_BATCH images.
 ONE_X = 90_000
-# The last 60k and the last 20k iterations, as parts of 1x.
+# The last 60k and the last 20k iterations, in x.
 TAILS = (Fraction(2, 3), Fraction(2, 9))
-# The shortest multiple of 1x with full tails, which is the shortest schedule of the paper's section 4.
+# The shortest length with full tails, in x: the shortest schedule of the paper's section 4.
 FULL_TAILS_FROM = 2
 
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?)([xk]?)", re.ASCII)
@@ -71,9 +71,9 @@ def parse(schedule: str, ims_per_batch: int, one_x: int = ONE_X) -> Schedule:
         raise ValueError(_message(schedule, "a training length"))
     # Exact arithmetic up to the end: floats would move drops by one iteration for some lengths.
     number, unit = Fraction(match[1]), match[2]
-    one_x = Fraction(one_x * REFERENCE_BATCH, ims_per_batch)
+    x = Fraction(one_x * REFERENCE_BATCH, ims_per_batch)
     if unit == "x":
-        length = number * one_x
+        length = number * x
     else:
         length = number * (1000 if unit == "k" else 1)
         if length.denominator != 1:
@@ -81,8 +81,8 @@ def parse(schedule: str, ims_per_batch: int, one_x: int = ONE_X) -> Schedule:
     if length <= 0:
         raise ValueError(_message(schedule, "a positive length"))
 
-    full = min(one_x, length / FULL_TAILS_FROM)
-    first, second = (floor(length - tail * full) for tail in TAILS)
+    whole = min(x, length / FULL_TAILS_FROM)
+    first, second = (floor(length - tail * whole) for tail in TAILS)
     # In runs of a few iterations both drops may fall on one; they stay two.
     first = min(first, second - 1)
     max_iter = floor(length)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import traceback
 
 import numpy as np
 import pytest
@@ -82,17 +83,26 @@ def batches(iterations, *options, start_iter=0):
     return list(itertools.islice(loader, 2 * iterations))
 
 
+def refusal(*args):
+    """The error that stops the loader."""
+    try:
+        batches(*args)
+    except RuntimeError as e:
+        # Torch's frames hold the loader in a reference cycle; collecting that waits for workers in vain.
+        traceback.clear_frames(e.__traceback__)
+        return type(e), str(e)
+    raise AssertionError("nothing was refused")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_a_bad_image_stops_with_its_name(folder, damage, workers):
     path = folder / f"{BAD}.jpg"
     damage(path)
-    with pytest.raises(BadImageError) as stopped:
-        batches(3, "DATALOADER.NUM_WORKERS", workers)
-    # A worker's error comes with where it was raised before it.
-    sentence = str(stopped.value).splitlines()[-1]
-    assert f"{path}: cannot be read (" in sentence and "DATALOADER.ON_BAD_IMAGE skip" in sentence
-    assert len(str(stopped.value).splitlines()) < 20
+    error, message = refusal(3, "DATALOADER.NUM_WORKERS", workers)
+    assert error is BadImageError
+    assert message.startswith(f"{path}: cannot be read (") and "\n" not in message
+    assert "DATALOADER.ON_BAD_IMAGE skip" in message
 
 
 SKIP = ["DATALOADER.ON_BAD_IMAGE", "skip"]
@@ -141,17 +151,20 @@ def test_skipping_depends_on_the_place_alone(folder):
 def test_nothing_but_bad_images_is_an_error(folder, workers):
     for i in range(COUNT):
         missing(folder / f"{i}.jpg")
-    with pytest.raises(BadImageError) as stopped:
-        batches(1, *SKIP, "DATALOADER.NUM_WORKERS", workers)
-    sentence = str(stopped.value).splitlines()[-1]
-    assert "cannot be read" in sentence and f"all {Groups.TRIES} images tried" in sentence
-    assert "ON_BAD_IMAGE skip" not in sentence
+    error, message = refusal(1, *SKIP, "DATALOADER.NUM_WORKERS", workers)
+    assert error is BadImageError
+    assert "cannot be read" in message and f"all {Groups.TRIES} images tried" in message
+    assert "ON_BAD_IMAGE skip" not in message
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("options", [[], SKIP], ids=["stop", "skip"])
-def test_a_mistake_in_the_code_is_never_skipped(folder, options):
-    with pytest.raises(BadImageError, match=r"4.jpg: INPUT.MAPPER failed on it \(KeyError: 'no such key'\)"):
-        batches(3, *options, "INPUT.MAPPER", "MapperWithMistake")
+def test_a_mistake_in_the_code_is_never_skipped(folder, options, workers):
+    mistake = ["INPUT.MAPPER", "MapperWithMistake", "DATALOADER.NUM_WORKERS", workers]
+    error, message = refusal(3, *options, *mistake)
+    assert error is RuntimeError
+    assert "4.jpg: INPUT.MAPPER failed on it (KeyError: 'no such key')" in message
+    assert not workers or "in __call__" in message, "where the mistake is"
 
 
 def classification(folder, **changes):
@@ -169,7 +182,7 @@ def test_what_a_mapper_says_of_an_image_in_its_own_words(folder):
 
 
 def test_a_wrong_label_is_not_skipped(folder):
-    with pytest.raises(BadImageError, match="4.jpg.*MODEL.CLASSIFIER.NUM_CLASSES"):
+    with pytest.raises(RuntimeError, match="4.jpg.*MODEL.CLASSIFIER.NUM_CLASSES"):
         classification(folder, label=1)
 
 

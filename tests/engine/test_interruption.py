@@ -1,5 +1,7 @@
 """Killed, preempted and branched runs of the mini Mask R-CNN end as the run alone, bit for bit."""
 
+import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -8,10 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+import test_resume
+import toy
+from detectron2.data import DatasetCatalog
 from processes import TORCHRUN, Process, assert_same_run, finish, newest, record, results, tensors_digest
+from toy import register_images
 
 from rethink_d2 import model_zoo
-from rethink_d2.engine import checkpoint
+from rethink_d2.engine import Trainer, checkpoint
+from rethink_d2.engine.start import find_start
 from rethink_d2.preemption import EXIT_CODE
 
 pytestmark = pytest.mark.slow
@@ -176,3 +183,56 @@ def test_only_one_process_trains_in_a_folder(glyph_cache, tmp_path):
         first.end()
         with Process(tmp_path / "run", *args) as third:
             third.until_started()
+
+
+# From here on in this process.
+
+
+@pytest.fixture(scope="module")
+def toy_data(tmp_path_factory):
+    register_images("toy_interruption", tmp_path_factory.mktemp("images"))
+    yield "toy_interruption"
+    DatasetCatalog.remove("toy_interruption")
+
+
+def train(cfg, preemption=None, **how):
+    Trainer(cfg, find_start(cfg, **how), preemption).train()
+
+
+def die_at(count, after, cfg):
+    """Train in a process that ends as by SIGKILL before or after its n-th file gets its name."""
+    replace, calls = os.replace, itertools.count(1)
+
+    def counted(*args):
+        last = next(calls) == count
+        if last and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counted
+    train(cfg, resume=True)
+
+
+def test_a_kill_at_every_file(toy_data, tmp_path):
+    long = ["SOLVER.SCHEDULE", "12", "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.CHECKPOINT_KEEP", 2]
+    alone = toy.config(toy_data, tmp_path / "alone", *long)
+    train(alone)
+    files = {p.name for p in (tmp_path / "alone").glob("model_*")}
+    context = multiprocessing.get_context("fork")
+    for count, after in ((n, after) for n in range(1, 100) for after in (False, True)):
+        cfg = toy.config(toy_data, tmp_path / f"{count}-{after}", *long)
+        child = context.Process(target=die_at, args=(count, after, cfg))
+        child.start()
+        child.join(60)
+        train(cfg, resume=True)
+        folder = tmp_path / f"{count}-{after}"
+        test_resume.assert_same_run(folder, tmp_path / "alone")
+        assert (folder / "last_checkpoint").read_text() == "model_0000011.pth"
+        assert {p.name for p in folder.glob("model_*")} == files
+        assert not list(folder.glob(".writing-*"))
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+    assert count > 10
