@@ -22,10 +22,8 @@ def test_size_is_that_of_a_real_checkpoint(tmp_path):
 def test_number_follows_the_keys():
     assert checkpoints_kept(config("SOLVER.CHECKPOINT_PERIOD", 50_000)) == 4
     assert checkpoints_kept(config("SOLVER.CHECKPOINT_PERIOD", 0)) == 1
-    few = config(
-        "SOLVER.CHECKPOINT_KEEP", 2, "SOLVER.BRANCH_POINTS", (9, 99), "SOLVER.CHECKPOINT_BEST", "bbox/AP"
-    )
-    assert checkpoints_kept(few) == 5
+    few = ["SOLVER.CHECKPOINT_KEEP", 2, "SOLVER.BRANCH_POINTS", (9, 99), "SOLVER.CHECKPOINT_BEST", "bbox/AP"]
+    assert checkpoints_kept(config(*few)) == 5
     assert checkpoints_kept(config("SOLVER.CASCADE_FROM", "1x", "SOLVER.CHECKPOINT_PERIOD", 10_000)) == 9
 
 

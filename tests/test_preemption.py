@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from detectron2.utils import comm
@@ -179,6 +180,14 @@ WORKERS_THAT_DO_NOT_LISTEN = """
 """
 
 
+def runs(pid):
+    """Whether there is such a process that is not only left to be counted."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.parametrize("end, code", [("sys.exit(75)", 75), ("raise ValueError", 1)])
 def test_workers_that_do_not_listen_end_with_the_run(end, code):
     script = textwrap.dedent(WORKERS_THAT_DO_NOT_LISTEN).format(end=end)
@@ -186,4 +195,7 @@ def test_workers_that_do_not_listen_end_with_the_run(end, code):
     assert done.returncode == code, done.stderr
     workers = done.stdout.split()
     assert len(workers) == 2
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+    end = time.monotonic() + 20
+    while any(map(runs, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.01)

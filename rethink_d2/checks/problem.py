@@ -50,7 +50,7 @@ def nearest(name, names):
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rules look at: config, processes, the model that is built (None if it cannot be), its norms."""
+    """What the rules look at: config, processes, the model it builds (None: it cannot), its norms."""
 
     cfg: object
     world_size: int

@@ -277,7 +277,10 @@ def _source(name):
     # Metadata alone would not tell: a function of somebody's own may give other records.
     function = DatasetCatalog[name]
     made_by = (function.__module__, getattr(function, "__qualname__", ""))
-    if made_by != (register_coco_instances.__module__, f"{register_coco_instances.__name__}.<locals>.<lambda>"):
+    if made_by != (
+        register_coco_instances.__module__,
+        f"{register_coco_instances.__name__}.<locals>.<lambda>",
+    ):
         return None, None
     held = inspect.getclosurevars(function).nonlocals
     return PathManager.get_local_path(os.fspath(held["json_file"])), held["image_root"]

@@ -21,6 +21,7 @@ Importing this module registers these names for the sources ``coco_2017_train`` 
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -30,12 +31,14 @@ import sys
 import warnings
 from dataclasses import astuple, dataclass
 
+import msgspec
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathHandler, PathManager
 from filelock import FileLock
 
-from ..files import write_atomically
+from ..files import replace_atomically
+from ._index_build import pieces, read_text
 from .files import is_generated, remedy
 from .glyphs import CACHE_ENV, cache_root
 
@@ -140,7 +143,7 @@ def subset_ids(name):
         ValueError: not a subset; a file that is missing or damaged; too few images.
         OSError: the cache cannot be written.
     """
-    return sorted(_image_ids(_read(ensure(name))))
+    return sorted(_Coco(ensure(name)).image_ids())
 
 
 def ensure(name):
@@ -166,7 +169,8 @@ def ensure(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.parent / f".{path.name}.lock"):
                 if not path.exists():
-                    write_atomically(path, json.dumps(_cut(subset, paths), separators=(",", ":")))
+                    with replace_atomically(path) as f:
+                        f.write(_cut(subset, paths))
         except OSError as e:
             raise OSError(
                 f"cannot write {path} ({e}); set {CACHE_ENV} to a folder that can be written to"
@@ -183,47 +187,74 @@ def _source_file(data_set, name):
     return path
 
 
-def _read(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            document = json.load(f)
-        document["images"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} cannot be read as COCO annotations ({type(e).__name__}: {e})") from e
-    return document
+class _Image(msgspec.Struct):
+    id: int | str
 
 
-def _image_ids(document):
-    return {image["id"] for image in document["images"]}
+class _Box(msgspec.Struct):
+    image_id: int | str
+    num_keypoints: int = 0
+    iscrowd: int = 0
 
 
-def _candidates(document, source):
+class _Coco:
+    """A COCO file, of which little is parsed: as objects, one of train2017's size takes gigabytes."""
+
+    def __init__(self, path):
+        self._path = path
+        with self._explained():
+            self._values = msgspec.json.decode(read_text(path), type=dict[str, msgspec.Raw])
+            self._values["images"]
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as e:
+            reason = f"{type(e).__name__}: {e}"
+            raise ValueError(f"{self._path} cannot be read as COCO annotations ({reason})") from e
+
+    def entries(self, key, kind):
+        """Pairs of an entry's text and the entry as a msgspec type."""
+        decoder = msgspec.json.Decoder(kind)
+        with self._explained():
+            for piece, _ in pieces(self._values.get(key, b"[]"), msgspec.Raw):
+                for text in piece:
+                    yield text, decoder.decode(text)
+
+    def image_ids(self):
+        return {image.id for _, image in self.entries("images", _Image)}
+
+    def cut(self, ids):
+        """The text of this file without other images and their annotations."""
+        images = [bytes(text) for text, image in self.entries("images", _Image) if image.id in ids]
+        boxes = [bytes(text) for text, box in self.entries("annotations", _Box) if box.image_id in ids]
+        kept = {"images": images, "annotations": boxes}
+        arrays = {key: msgspec.Raw(b"[" + b",".join(texts) + b"]") for key, texts in kept.items()}
+        return msgspec.json.encode({key: arrays.get(key, value) for key, value in self._values.items()})
+
+
+def _candidates(coco, source):
     """The ids of the images that a draw chooses from, given the source's annotations."""
-    ids = _image_ids(document)
+    ids = coco.image_ids()
     if not MetadataCatalog.get(source).get("keypoint_names"):
         return ids
-    boxes = document.get("annotations", [])
-    people = (a for a in boxes if a.get("num_keypoints", 0) > 0 and not a.get("iscrowd", 0))
-    labelled = ids.intersection(a["image_id"] for a in people)
+    boxes = (box for _, box in coco.entries("annotations", _Box))
+    labelled = ids.intersection(b.image_id for b in boxes if b.num_keypoints > 0 and not b.iscrowd)
     logger.info("%s: %d of %d images have labelled keypoints", source, len(labelled), len(ids))
     return labelled
 
 
 def _cut(subset, paths):
-    """The source's annotations without those of other images; ``paths`` are the files of ``subset.reads``."""
-    # The other file first and alone, as each takes gigabytes of memory.
-    others = _image_ids(_read(paths[1])) if subset.images_of else None
-    document = _read(paths[0])
-    if others is None:
-        ids = set(sample(_candidates(document, subset.source), subset.size, subset.source, subset.seed))
+    """The text of a subset's own file; ``paths`` are the files of ``subset.reads``."""
+    coco = _Coco(paths[0])
+    if subset.images_of is None:
+        ids = set(sample(_candidates(coco, subset.source), subset.size, subset.source, subset.seed))
     else:
-        ids = others & _image_ids(document)
+        ids = coco.image_ids() & _Coco(paths[1]).image_ids()
         if not ids:
             raise ValueError(f"{paths[1]} has none of the images of {paths[0]}; is it the right file?")
-    document["images"] = [image for image in document["images"] if image["id"] in ids]
-    if "annotations" in document:
-        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids]
-    return document
+    return coco.cut(ids)
 
 
 def _load(name):
