@@ -19,6 +19,8 @@ setup(
         "numpy",
         "Pillow",
         "pycocotools",
+        # Exact, as evaluation/coco.py builds on what is no public interface of it.
+        "faster-coco-eval==1.8.0",
         "fvcore",
         "iopath",
         "opencv-python",

@@ -19,6 +19,7 @@ __all__ = [
     "Preempted",
     "Preemption",
     "agreeing",
+    "end_if_orphaned",
     "end_workers",
     "forward_to_children",
     "ignore_signals",
@@ -42,6 +43,17 @@ def ignore_signals(_=None):
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_if_orphaned()
+
+
+def end_if_orphaned():
+    """End this process at once if the one that started it was killed meanwhile.
+
+    PyTorch's workers and launched processes notice from their start on only, which takes seconds to come.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 def end_workers():

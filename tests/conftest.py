@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+# Small models gain nothing by more threads, which wait for each other on a busy machine.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 

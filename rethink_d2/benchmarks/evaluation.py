@@ -1,7 +1,7 @@
 """COCO's and VOC's average precision against Detectron2's evaluators, from reading annotations to metrics.
 
-Predictions are annotations moved a little, some of them of a wrong class, with random scores. They are the
-same for both sides, and metrics must be equal to 1e-9 before a time is reported.
+Predictions are annotations moved a little, some of them of a wrong class, with random scores. Both sides get
+the same ones, and their metrics must be equal to 1e-9 before a time is reported.
 """
 
 import contextlib
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, coco_evaluation
-from detectron2.structures import Boxes, Instances
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 
-from ..data.voc import image_ids, read_annotation, register_voc
+from ..data.voc import register_voc
 from ..evaluation.coco import FastCOCOEvaluator
 from ..evaluation.voc import VOCEvaluator
 from .common import Result, compare
@@ -28,43 +29,45 @@ NAME = "rethink_benchmark_evaluation"
 
 
 def add_arguments(parser):
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--dataset", default="glyphs_keypoints_train", help="annotations with masks")
+    parser.add_argument("--keypoints", help="annotations with keypoints, if the others have none")
+    parser.add_argument("--images", type=int, default=2000, help="annotations are repeated for so many")
     parser.add_argument("--detections", type=int, default=100_000)
-    parser.add_argument("--dataset", default="glyphs_keypoints_train", help="annotations with masks, repeated")
-    parser.add_argument("--keypoints", default="", help="annotations with keypoints, if the others have none")
-    parser.add_argument("--voc", default="", help="a folder in VOC's layout, for its metric too")
 
 
 def run(args):
-    """Time whole evaluations, each with a new evaluator that reads the annotations."""
+    """Time whole evaluations, each by an evaluator of its own that reads the annotations."""
     rng = np.random.default_rng(0)
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        keypoints = args.keypoints or args.dataset
-        for source, kinds in ((args.dataset, [["bbox"], ["segm"], ["bbox", "segm"]]), (keypoints, [["keypoints"]])):
-            truth = repeated(source, args.images)
-            predictions = perturbed(truth, args.detections, rng)
-            options = register(source, truth, Path(folder) / f"{source}.json")
-            results += [coco(tasks, predictions, options, args.repeats, source) for tasks in kinds]
-        if args.voc:
-            results.append(voc(Path(args.voc), Path(folder), args, rng))
+    for source, keypoints in ((args.dataset, False), (args.keypoints or args.dataset, True)):
+        truth = repeated(source, args.images)
+        predictions = perturbed(truth, args.detections, rng)
+        note = f"{source}: {args.images} images, {args.detections} detections"
+        with tempfile.TemporaryDirectory() as folder:
+            for tasks in [["keypoints"]] if keypoints else [["bbox"], ["segm"], ["bbox", "segm"]]:
+                results.append(compare_coco(tasks, truth, predictions, Path(folder), args.repeats, note))
+            if not keypoints:
+                results.append(compare_voc(truth, predictions, Path(folder), args.repeats, note))
     return results
 
 
 def repeated(name, images):
-    """A COCO data set's annotations, as in its file, for a number of images: its own again and again."""
-    DatasetCatalog.get(name)  # makes built-in data
+    """A COCO data set's file with as many images as asked for: its own ones again and again."""
+    DatasetCatalog.get(name)  # draws built-in data
     document = json.loads(Path(PathManager.get_local_path(MetadataCatalog.get(name).json_file)).read_text())
+    # Detectron2's VOC metric has no value where a class has no objects.
+    present = {a["category_id"] for a in document["annotations"] if not a["iscrowd"]}
     belonging = {image["id"]: [] for image in document["images"]}
     for annotation in document["annotations"]:
         belonging[annotation["image_id"]].append(annotation)
-    truth = {"images": [], "annotations": [], "categories": document["categories"]}
+    truth = {"images": [], "annotations": []}
+    truth["categories"] = [category for category in document["categories"] if category["id"] in present]
     for number in range(1, images + 1):
         image = document["images"][number % len(document["images"])]
         truth["images"].append({**image, "id": number})
         for annotation in belonging[image["id"]]:
-            own = {"id": len(truth["annotations"]) + 1, "image_id": number}
-            truth["annotations"].append({**annotation, **own})
+            ids = {"id": len(truth["annotations"]) + 1, "image_id": number}
+            truth["annotations"].append({**annotation, **ids})
     return truth
 
 
@@ -76,10 +79,10 @@ def perturbed(truth, count, rng):
         annotation = truth["annotations"][index]
         x, y, w, h = annotation["bbox"]
         dx, dy, dw, dh = rng.normal(0, 0.1 * rng.random(), 4) * (w, h, w, h)
-        wrong = rng.choice(truth["categories"])["id"]
+        guess = int(rng.choice(truth["categories"])["id"])
         result = {
             "image_id": annotation["image_id"],
-            "category_id": int(wrong) if rng.random() < 0.2 else annotation["category_id"],
+            "category_id": guess if rng.random() < 0.2 else annotation["category_id"],
             "bbox": [x + dx, y + dy, max(w + dw, 1.0), max(h + dh, 1.0)],
             "score": rng.random(),
             "segmentation": moved_mask(annotation["segmentation"], (dx, dy), sizes[annotation["image_id"]]),
@@ -93,61 +96,107 @@ def perturbed(truth, count, rng):
 
 
 def moved_mask(segmentation, offset, size):
-    """Polygons, moved, or a crowd's mask, not moved, as a compressed mask."""
+    """Polygons, moved, or a crowd's mask where it is, as a compressed mask."""
     if isinstance(segmentation, list):
-        polygons = [(np.reshape(p, (-1, 2)) + offset).ravel().tolist() for p in segmentation]
+        polygons = [(np.reshape(polygon, (-1, 2)) + offset).ravel().tolist() for polygon in segmentation]
         mask = mask_util.merge(mask_util.frPyObjects(polygons, *size))
     else:
         mask = mask_util.frPyObjects(segmentation, *size)
     return {"size": list(mask["size"]), "counts": mask["counts"].decode()}
 
 
-def register(source, truth, path):
-    """Write and register annotations; returns what evaluators need to know besides the name."""
+@contextlib.contextmanager
+def registered(register):
+    """Metadata of a data set for as long as it is needed."""
+    register()
+    yield MetadataCatalog.get(NAME)
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def compare_coco(tasks, truth, predictions, folder, repeats, note):
+    """Time COCO evaluations of some tasks."""
+    path = folder / "truth.json"
     path.write_text(json.dumps(truth))
-    forget()
-    # No mapping of ids to classes: predictions have the data set's own ids.
-    DatasetCatalog.register(NAME, list)
-    MetadataCatalog.get(NAME).set(json_file=str(path), thing_classes=[c["name"] for c in truth["categories"]])
     points = {len(a["keypoints"]) // 3 for a in truth["annotations"] if "keypoints" in a} - {17}
-    return {"kpt_oks_sigmas": [0.075] * points.pop()} if points else {}
-
-
-def forget():
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        if NAME in catalog.list():
-            catalog.remove(NAME)
-
-
-def coco(tasks, predictions, options, repeats, source):
-    """Detectron2's and our evaluator on the same predictions."""
     metrics = {}
 
     def evaluate(cls):
+        evaluator = cls(NAME, tasks, distributed=False, kpt_oks_sigmas=[0.075] * sum(points))
+        # What process() leaves there; predicted masks as pictures would take 30 GB.
+        evaluator._predictions = predictions
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluator = cls(NAME, tasks, distributed=False, **options)
-            # What process() would leave, without the masks as pictures, which would take 30 GB.
-            evaluator._predictions = predictions
             metrics[cls] = evaluator.evaluate()
 
-    times = compare(lambda: evaluate(FastCOCOEvaluator), lambda: evaluate(COCOEvaluator), repeats, warm_up=0)
+    with registered(lambda: DatasetCatalog.register(NAME, list)) as meta:
+        # Without a mapping of classes to ids: the predictions have the file's ids.
+        meta.set(json_file=str(path), thing_classes=[c["name"] for c in truth["categories"]])
+        times = compare(lambda: evaluate(FastCOCOEvaluator), lambda: evaluate(COCOEvaluator), repeats)
     count = assert_equal(metrics[FastCOCOEvaluator], metrics[COCOEvaluator])
-    built = coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
-    return Result(
-        name=f"COCO {' + '.join(tasks)}",
-        peer="Detectron2, its C++" if built else "Detectron2, pycocotools",
-        ours=times[0],
-        theirs=times[1],
-        note=f"{source}: {len(predictions)} images, {sum(len(p['instances']) for p in predictions)} detections;"
-        f" {count} metrics equal",
-    )
+    compiled = coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
+    peer = "Detectron2, its C++" if compiled else "Detectron2, pycocotools"
+    return Result(f"COCO {' + '.join(tasks)}", peer, *times, note=f"{note}; {count} metrics equal")
+
+
+def compare_voc(truth, predictions, folder, repeats, note):
+    """Time VOC evaluations of the same annotations, written as VOC's files, and the same boxes."""
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    write_voc(folder, truth, names)
+    metrics = {}
+    with registered(lambda: register_voc(NAME, [(folder, "val", 2012)], class_names=list(names.values()))):
+        evaluator = PascalVOCDetectionEvaluator(NAME)  # whose lines of text both take
+        evaluator.reset()
+        for prediction in predictions:
+            inputs = {"image_id": str(prediction["image_id"])}
+            evaluator.process([inputs], [{"instances": instances(prediction["instances"], list(names))}])
+
+        def evaluate(cls):
+            parse_rec.cache_clear()  # or Detectron2 would read the files once in all
+            own = cls(NAME)
+            own._predictions = evaluator._predictions
+            metrics[cls] = own.evaluate()
+
+        times = compare(
+            lambda: evaluate(VOCEvaluator), lambda: evaluate(PascalVOCDetectionEvaluator), repeats
+        )
+    count = assert_equal(metrics[VOCEvaluator], metrics[PascalVOCDetectionEvaluator])
+    return Result("VOC", "Detectron2", *times, note=f"{note}; {count} metrics equal")
+
+
+def write_voc(folder, truth, names):
+    """Write boxes as files in VOC's layout; image n is called n."""
+    objects = {image["id"]: [] for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        sides = zip(("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + w, y + h), strict=True)
+        box = "".join(f"<{side}>{round(value)}</{side}>" for side, value in sides)
+        objects[annotation["image_id"]].append(
+            f"<object><name>{names[annotation['category_id']]}</name><pose/><truncated>0</truncated>"
+            f"<difficult>{annotation['iscrowd']}</difficult><bndbox>{box}</bndbox></object>"
+        )
+    for part in ("Annotations", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    for image in truth["images"]:
+        size = f"<size><width>{image['width']}</width><height>{image['height']}</height></size>"
+        text = f"<annotation>{size}{''.join(objects[image['id']])}</annotation>"
+        (folder / "Annotations" / f"{image['id']}.xml").write_text(text)
+    (folder / "ImageSets/Main/val.txt").write_text("".join(f"{image_id}\n" for image_id in objects))
+
+
+def instances(results, category_ids):
+    """COCO results as a model's output, boxes only."""
+    boxes = np.array([result["bbox"] for result in results]).reshape(-1, 4)
+    output = Instances((1, 1))
+    output.pred_boxes = Boxes(torch.from_numpy(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)))
+    output.scores = torch.tensor([result["score"] for result in results])
+    output.pred_classes = torch.tensor([category_ids.index(result["category_id"]) for result in results])
+    return output
 
 
 def assert_equal(ours, theirs):
-    """Compare metrics by task and name to 1e-9; returns their number."""
+    """Compare metrics by task and name to 1e-9; ours may have more. Returns the number of theirs."""
     assert ours.keys() == theirs.keys()
-    for task in ours:
-        assert ours[task].keys() >= theirs[task].keys()
-        for name, value in theirs[task].items():
+    for task, metrics in theirs.items():
+        for name, value in metrics.items():
             np.testing.assert_allclose(ours[task][name], value, rtol=0, atol=1e-9, err_msg=f"{task} {name}")
-    return sum(len(metrics) for metrics in theirs.values())
+    return sum(map(len, theirs.values()))

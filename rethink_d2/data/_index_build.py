@@ -1,7 +1,8 @@
 """Reading COCO JSON piece by piece, and the file that data/index.py keeps of it.
 
 An index file is lines of JSON, arrays, a header and where the header begins. The lines are first the images'
-file names, in ascending order of ids, then the annotations in the file's order. Masks are taken over as text:
+file names, in ascending order of ids, then the annotations in the file's order. Masks stay the text that they
+are, because making objects of millions of coordinates is what takes time and memory.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import os
 import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from msgspec import UNSET, DecodeError, Meta, Raw, Struct, UnsetType
@@ -24,8 +25,8 @@ from ..files import replace_atomically
 
 __all__ = ["Header", "Unfit", "build", "pieces", "read_header", "read_text"]
 
-MAGIC = b"rd2idx01"
-_TRAILER = struct.Struct("<Q8s")  # where the header begins; MAGIC
+_MAGIC = b"rd2idx01"
+_TRAILER = struct.Struct("<Q8s")  # where the header begins; _MAGIC
 _PIECE = 1 << 24  # bytes of JSON parsed at a time
 # Where one object of an array may end and the next begin.
 _BETWEEN = re.compile(rb"\}\s*,")
@@ -67,6 +68,11 @@ class _Annotation(Struct, gc=False):
     ignore: int = 0
 
 
+class _RunLengths(Struct):
+    size: tuple[int, int]
+    counts: str | list[int]
+
+
 class _Line(Struct, gc=False):
     """What an index keeps of an annotation, in the order of keys of Detectron2's records."""
 
@@ -86,9 +92,10 @@ class Header(Struct):
         unmatched (int): annotations of images that the file does not list.
         without_polygon (int): annotations left out because all their polygons have fewer than 3 points.
         arrays (dict): dtype, first byte and length by name. By image: ``id``, ``height``, ``width``,
-            ``keypoints`` (visible ones), and ``first``, its first annotation, with one more entry. By annotation,
-            those of an image together: ``order``, the number of its line, ``category``, ``crowd``, ``unusable``
-            (nothing of the box is in the image). By line: ``line``, its first byte, with one more entry.
+            ``keypoints`` (visible ones), and ``first``, its first annotation, with one more entry. By
+            annotation, those of an image together: ``order``, the number of its line, ``category``,
+            ``crowd``, ``unusable`` (nothing of the box is in the image). By line: ``line``, its first byte,
+            with one more entry.
     """
 
     sha256: str
@@ -294,7 +301,7 @@ def _where(kept, *sequences):
     return [s[kept] if isinstance(s, np.ndarray) else list(itertools.compress(s, kept)) for s in sequences]
 
 
-_MASK = Decoder(list[list[_Number]] | dict[str, Any] | None)
+_MASK = Decoder(list[list[_Number]] | _RunLengths | None)
 _ENCODER = Encoder()
 
 
@@ -307,7 +314,7 @@ def _mask(raw):
     mask = _MASK.decode(raw)
     if not mask:
         return UNSET
-    if isinstance(mask, dict):
+    if isinstance(mask, _RunLengths):
         return raw
     if all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
         return raw
@@ -331,7 +338,7 @@ def _finish(f, arrays, digest, categories, found):
         f.write(values.tobytes())
     start = f.tell()
     header = Header(digest, categories, found.unmatched, found.without_polygon, spans)
-    f.write(_ENCODER.encode(header) + _TRAILER.pack(start, MAGIC))
+    f.write(_ENCODER.encode(header) + _TRAILER.pack(start, _MAGIC))
 
 
 def read_header(text):
@@ -346,6 +353,6 @@ def read_header(text):
     if len(text) < _TRAILER.size:
         raise Unfit("it is cut off")
     start, magic = _TRAILER.unpack(text[-_TRAILER.size :])
-    if magic != MAGIC:
+    if magic != _MAGIC:
         raise Unfit("it does not end as an index does")
     return decode(text[start : -_TRAILER.size], type=Header)

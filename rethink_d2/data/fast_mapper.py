@@ -6,6 +6,7 @@ import io
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode, PolygonMasks
@@ -30,9 +31,8 @@ class FastMapper(CountingMapper):
     numbers in the same order, so for one seed both mappers give the same geometry: the same boxes, masks and
     keypoints. The pixels of a file are the same too, until they are resized.
 
-    Resizing is OpenCV's bilinear, as in Detectron (utils/blob.py), in place of PIL's. Where it enlarges, the
-    difference is below one grey level on average. Where it shrinks, OpenCV does not smooth first, as PIL
-    does: prefer :class:`CountingMapper` for photographs that lose most of their pixels.
+    Images are enlarged by OpenCV, as in Detectron (utils/blob.py), and shrunk by PyTorch, in place of PIL;
+    the pixels differ by less than one grey level on average.
 
     What is unusual goes Detectron2's way, at its speed. Its reader takes files that are not upright RGB or
     greyscale JPEGs; its transforms take masks that are not polygons, rotated boxes, and all annotations
@@ -59,7 +59,9 @@ class FastMapper(CountingMapper):
         ):
             return super().__call__(dataset_dict)
         if get_worker_info() is not None:
-            cv2.setNumThreads(1)  # as PyTorch does for itself: the loader's workers share the cores
+            # The loader's workers share the cores, so none has threads, as in PyTorch. 0 and not 1, which
+            # would wait for the end of threads that a forked worker does not have.
+            cv2.setNumThreads(0)
         # The annotations stay those of the record: they are many, and only replaced.
         sample = {k: v if k == "annotations" else copy.deepcopy(v) for k, v in dataset_dict.items()}
         image, sample["greyscale"] = _read(sample["file_name"], self.image_format)
@@ -79,13 +81,12 @@ class FastMapper(CountingMapper):
             del dataset_dict["annotations"]
             self._transform_batched(annotations, transforms, image_shape)
             instances = utils.annotations_to_instances(annotations, image_shape, self.instance_mask_format)
+            _speed_up_masks(instances)
             dataset_dict["instances"] = utils.filter_empty_instances(instances)
         else:
             dataset_dict["annotations"] = copy.deepcopy(dataset_dict["annotations"])
             super()._transform_annotations(dataset_dict, transforms, image_shape)
-        instances = dataset_dict["instances"]
-        if instances.has("gt_masks") and isinstance(instances.gt_masks, PolygonMasks):
-            instances.gt_masks = FastPolygonMasks(instances.gt_masks.polygons)
+            _speed_up_masks(dataset_dict["instances"])
 
     def _can_be_batched(self, annotations, transforms):
         """Whether the transforms treat every point alone, and the objects are alike."""
@@ -149,11 +150,16 @@ class FastPolygonMasks(PolygonMasks):
     The targets are the same, bit for bit. Selections share their polygons, which nothing changes.
     """
 
+    @classmethod
+    def share(cls, polygons):
+        """Masks of polygons that another object has checked, without copying them."""
+        masks = cls([])
+        masks.polygons = polygons
+        return masks
+
     def __getitem__(self, item):
         item = item.cpu() if isinstance(item, torch.Tensor) else item
-        selected = copy.copy(self)
-        selected.polygons = [self.polygons[i] for i in torch.arange(len(self))[item].reshape(-1).tolist()]
-        return selected
+        return self.share([self.polygons[i] for i in torch.arange(len(self))[item].reshape(-1).tolist()])
 
     def crop_and_resize(self, boxes, mask_size):
         """
@@ -183,28 +189,40 @@ class FastPolygonMasks(PolygonMasks):
         return torch.from_numpy(masks).to(boxes.device)
 
 
+def _speed_up_masks(instances):
+    if instances.has("gt_masks") and isinstance(instances.gt_masks, PolygonMasks):
+        instances.gt_masks = FastPolygonMasks.share(instances.gt_masks.polygons)
+
+
 class _PlanarInput(T.AugInput):
-    """An image that OpenCV resizes and flips; what to do, and all random draws, are the augmentations'.
+    """An image with fast resizing and flips; what to do, and all random draws, are the augmentations'.
 
     Args:
-        image (ndarray): HxWx3 uint8, but channel after channel in memory: a sample's order, and the fastest
-            for OpenCV. Nobody else's, as it is flipped in place.
+        image (ndarray): HxWx3 uint8, but channel after channel in memory, as a sample has it in the end.
+            Nobody else's, as it is flipped in place.
     """
 
     def transform(self, tfm):
         image = self.image
         if image.dtype == np.uint8 and type(tfm) is T.ResizeTransform and tfm.interp == Image.BILINEAR:
-            size = (tfm.new_w, tfm.new_h)
-            resized = np.empty((image.shape[2], *size[::-1]), np.uint8)
-            for channel, plane in enumerate(resized):
-                cv2.resize(image[:, :, channel], size, dst=plane, interpolation=cv2.INTER_LINEAR)
-            self.image = resized.transpose(1, 2, 0)
+            self.image = _resize(image.transpose(2, 0, 1), tfm.new_h, tfm.new_w).transpose(1, 2, 0)
         elif image.strides[1] == 1 and type(tfm) in (HFlipTransform, VFlipTransform):
             for channel in range(image.shape[2]):
                 plane = image[:, :, channel]
                 cv2.flip(plane, int(type(tfm) is HFlipTransform), dst=plane)
         else:
             self.image = tfm.apply_image(image)
+
+
+def _resize(planes, height, width):
+    """Bilinear, of CxHxW uint8; smooths before it leaves pixels out, as PIL does."""
+    if height < planes.shape[1] or width < planes.shape[2]:
+        batch = torch.from_numpy(np.ascontiguousarray(planes))[None]
+        return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0].numpy()
+    resized = np.empty((len(planes), height, width), np.uint8)
+    for plane, output in zip(planes, resized, strict=True):  # OpenCV does not smooth, but is faster
+        cv2.resize(plane, (width, height), dst=output, interpolation=cv2.INTER_LINEAR)
+    return resized
 
 
 def _read(path, image_format):

@@ -20,6 +20,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -65,7 +66,7 @@ class IndexedRecords(Sequence):
         self._path, self._image_root = os.fspath(path), os.fspath(image_root)
         self._usable_only = False
         self._open()
-        self._rows = np.arange(len(self._id))
+        self._rows = np.arange(len(self._all.id))
 
     def _open(self):
         with open(self._path, "rb") as f:
@@ -76,14 +77,9 @@ class IndexedRecords(Sequence):
         self.digest = header.sha256
         self.category_ids, self.classes = map(list, zip(*header.categories, strict=True))
         self.unmatched, self.without_polygon = header.unmatched, header.without_polygon
-        arrays = {
-            name: np.frombuffer(self._file, dtype, length, start)
-            for name, (dtype, start, length) in header.arrays.items()
-        }
-        self._id, self._height, self._width = (arrays[n] for n in ("id", "height", "width"))
-        self._keypoints, self._first = (arrays[n] for n in ("keypoints", "first"))
-        self._order, self._line = (arrays[n] for n in ("order", "line"))
-        self._category, self._crowd, self._unusable = (arrays[n] for n in ("category", "crowd", "unusable"))
+        spans = header.arrays.items()
+        arrays = {name: np.frombuffer(self._file, kind, size, start) for name, (kind, start, size) in spans}
+        self._all = SimpleNamespace(**arrays)
 
     def __reduce__(self):
         return _restore, (self._path, self._image_root, self._rows, self._usable_only)
@@ -96,39 +92,39 @@ class IndexedRecords(Sequence):
         if isinstance(index, slice):
             return self._of(self._rows[index])
         row = self._rows[index]
-        lines = [row, *self._order[self._first[row] : self._first[row + 1]]]
-        text = b"".join([self._file[self._line[i] : self._line[i + 1]] for i in lines])
+        lines = [row, *self._all.order[self._all.first[row] : self._all.first[row + 1]]]
+        text = b"".join([self._file[self._all.line[i] : self._all.line[i + 1]] for i in lines])
         file_name, *annotations = _decode_lines(text)
         if self._usable_only:
-            dropped = self._unusable[self._first[row] : self._first[row + 1]]
+            dropped = self._all.unusable[self._all.first[row] : self._all.first[row + 1]]
             annotations = [a for a, drop in zip(annotations, dropped, strict=True) if not drop]
         return {
             "file_name": os.path.join(self._image_root, file_name),
-            "height": int(self._height[row]),
-            "width": int(self._width[row]),
-            "image_id": int(self._id[row]),
+            "height": int(self._all.height[row]),
+            "width": int(self._all.width[row]),
+            "image_id": int(self._all.id[row]),
             "annotations": [_complete(annotation) for annotation in annotations],
         }
 
     @property
     def ids(self):
         """The images' ids (np.ndarray of int64)."""
-        return self._id[self._rows]
+        return self._all.id[self._rows]
 
     @property
     def portrait(self):
         """Whether images are higher than wide (np.ndarray of bool)."""
-        return (self._height > self._width)[self._rows]
+        return (self._all.height > self._all.width)[self._rows]
 
     def with_keypoints(self, minimum):
         """The images with so many visible keypoints, as ``filter_images_with_few_keypoints``."""
-        kept = self._of(self._rows[self._keypoints[self._rows] >= minimum])
+        kept = self._of(self._rows[self._all.keypoints[self._rows] >= minimum])
         logger.info("%d images with fewer than %d keypoints left out", len(self) - len(kept), minimum)
         return kept
 
     def with_instances(self):
         """The images with more than crowd regions, as ``filter_images_with_only_crowd_annotations``."""
-        kept = self._of(self._rows[self._per_image(~self._crowd)[self._rows] > 0])
+        kept = self._of(self._rows[self._per_image(~self._all.crowd)[self._rows] >= 0])
         logger.info("%d images without instances left out; %d are left", len(self) - len(kept), len(kept))
         return kept
 
@@ -141,20 +137,20 @@ class IndexedRecords(Sequence):
         kept = self._of(self._rows)
         kept._usable_only = True
         numbers = {
-            "instances": kept._per_image(~self._crowd),
-            "crowd regions": kept._per_image(self._crowd),
-            "zero-size boxes left out": self._per_image(self._unusable),
-            "images without annotations": kept._per_image(np.ones_like(self._crowd)) == 0,
+            "instances": kept._per_image(~self._all.crowd),
+            "crowd regions": kept._per_image(self._all.crowd),
+            "zero-size boxes left out": self._per_image(self._all.unusable),
+            "images without annotations": kept._per_image(np.ones_like(self._all.crowd)) == 0,
         }
         counts = {what: int(by_image[self._rows].sum()) for what, by_image in numbers.items()}
         return kept, Counter({"images": len(self), **counts})
 
     def instances_per_class(self):
         """Numbers of instances, without crowd regions (np.ndarray of int, one per class)."""
-        chosen = np.zeros(len(self._id), bool)
+        chosen = np.zeros(len(self._all.id), bool)
         chosen[self._rows] = True
-        counted = np.repeat(chosen, np.diff(self._first)) & ~self._crowd & self._present()
-        return np.bincount(self._category[counted], minlength=len(self.classes))
+        counted = np.repeat(chosen, np.diff(self._all.first)) & ~self._all.crowd & self._present()
+        return np.bincount(self._all.category[counted], minlength=len(self.classes))
 
     def log_histogram(self):
         """Detectron2's table of instances per class."""
@@ -169,12 +165,12 @@ class IndexedRecords(Sequence):
 
     def _present(self):
         """Which annotations the records have (of all images)."""
-        return ~self._unusable if self._usable_only else np.ones_like(self._unusable)
+        return ~self._all.unusable if self._usable_only else np.ones_like(self._all.unusable)
 
     def _per_image(self, chosen):
         """Number of chosen annotations that the records have, by row."""
         total = np.concatenate([[0], np.cumsum(chosen & self._present())])
-        return np.diff(total[self._first])
+        return np.diff(total[self._all.first])
 
 
 def _restore(path, image_root, rows, usable_only):
@@ -208,9 +204,9 @@ def load(name):
         name (str): a data set.
 
     Returns:
-        IndexedRecords, or None for ``DatasetCatalog`` to load it: it is not in COCO format, a file is missing,
-        the cache cannot be written, or Detectron2 may refuse the file or read it in another way. The last
-        two are logged.
+        IndexedRecords, or None for ``DatasetCatalog`` to load it: it is not in COCO format, a file is
+        missing, the cache cannot be written, or Detectron2 may refuse the file or read it in another way.
+        The last two are logged.
 
     Raises:
         ValueError, OSError: a subset cannot be made (data/subsets.py).
@@ -268,22 +264,19 @@ def dataset_digest(name):
 
 
 def _source(name):
-    """The local JSON file and the image folder of a data set that load_coco_json loads unchanged, or Nones."""
+    """The JSON file and image folder of a data set that is what load_coco_json makes of them, else Nones."""
     if name not in DatasetCatalog.list():
         return None, None
-    metadata = MetadataCatalog.get(name)
+    metadata, function = MetadataCatalog.get(name), DatasetCatalog[name]
     if metadata.get("subset"):
-        return PathManager.get_local_path(metadata.json_file), metadata.image_root
+        json_file, image_root = metadata.json_file, metadata.image_root
     # Metadata alone would not tell: a function of somebody's own may give other records.
-    function = DatasetCatalog[name]
-    made_by = (function.__module__, getattr(function, "__qualname__", ""))
-    if made_by != (
-        register_coco_instances.__module__,
-        f"{register_coco_instances.__name__}.<locals>.<lambda>",
-    ):
+    elif inspect.isfunction(function) and function.__code__ in register_coco_instances.__code__.co_consts:
+        held = inspect.getclosurevars(function).nonlocals
+        json_file, image_root = held["json_file"], held["image_root"]
+    else:
         return None, None
-    held = inspect.getclosurevars(function).nonlocals
-    return PathManager.get_local_path(os.fspath(held["json_file"])), held["image_root"]
+    return PathManager.get_local_path(os.fspath(json_file)), image_root
 
 
 def _index_path(json_file):

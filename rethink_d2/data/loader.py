@@ -89,7 +89,6 @@ def training_records(cfg):
     if isinstance(records, index.IndexedRecords):
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             records = records.with_instances()
-        records.log_histogram()
     # Image classification has no annotations to be empty.
     elif cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and any("annotations" in r for r in records):
         records = filter_images_with_only_crowd_annotations(records)
@@ -97,6 +96,8 @@ def training_records(cfg):
         raise ValueError(
             f"DATASETS.TRAIN: no image of {', '.join(cfg.DATASETS.TRAIN)} has an object to train on"
         )
+    if isinstance(records, index.IndexedRecords):
+        records.log_histogram()
     return records
 
 

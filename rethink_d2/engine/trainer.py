@@ -30,6 +30,7 @@ from ..modeling.safe_weights import SafeCheckpointer
 from ..preemption import Preempted, Preemption, agreeing
 from ..solver import build_lr_scheduler
 from . import checkpoint
+from .acceleration import accelerate, set_sgd_implementation
 from .divergence import Diverged, gradient_norm, report
 from .history import MetricsWriter, cut_back, restore_scalars, save_scalars
 from .hooks import Checkpoints, PreciseBN, ProgressPrinter
@@ -119,8 +120,9 @@ class Trainer(TrainerBase):
         }
         self._settings = json.dumps(recipe.settings(cfg), sort_keys=True)
 
-        model = build_initialized_model(cfg)
+        model = accelerate(build_initialized_model(cfg), cfg.SOLVER.ACCELERATE)
         self.optimizer, self._clip = self._build_optimizer(model)
+        set_sgd_implementation(self.optimizer, cfg.SOLVER.ACCELERATE.SGD)
         cpu = cfg.MODEL.DEVICE == "cpu"
         self.model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=None if cpu else [comm.get_local_rank()]

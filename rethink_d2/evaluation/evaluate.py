@@ -1,17 +1,14 @@
 """Evaluate a model on one data set, by the metric that belongs to it."""
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    COCOEvaluator,
-    inference_on_dataset,
-    print_csv_format,
-)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from ..data.loader import build_test_loader
 from ..modeling.tta import RCNNWithTTA
 from .classification import ClassificationEvaluator
+from .coco import FastCOCOEvaluator
 from .voc import VOCEvaluator
 
 
@@ -24,7 +21,7 @@ def build_evaluator(cfg, name):
     kind = MetadataCatalog.get(name).get("evaluator_type", None)
     if kind == "coco":
         # Without a folder no result files are written: run folders keep metrics only.
-        return COCOEvaluator(name, output_dir=None, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        return FastCOCOEvaluator(name, output_dir=None, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if kind == "pascal_voc":
         return VOCEvaluator(name)
     if kind == "classification":

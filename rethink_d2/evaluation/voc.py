@@ -1,14 +1,12 @@
 """PASCAL VOC's average precision."""
 
 import logging
-import os
-import tempfile
-import xml.etree.ElementTree as ET
+from collections import defaultdict
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_eval
+from detectron2.evaluation.pascal_voc_evaluation import voc_ap
 from detectron2.utils import comm
 
 from ..data.voc import image_ids, read_annotation
@@ -25,7 +23,7 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
     The paper's VOC mAP is ``AP50``: the area under the precision-recall curve, or the mean of 11 points
     where the data set's ``year`` is 2007. Difficult objects are neither hits nor misses. As in Detectron,
     scores are rounded to three decimals and boxes to one. Fractional coordinates of objects are rounded to
-    whole pixels, which is all that Detectron2's evaluation can read; no object is too small to count.
+    whole pixels, which is all that Detectron2's evaluator can read; no object is too small to count.
     """
 
     def __init__(self, dataset_name):
@@ -62,42 +60,70 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         if absent := [name for name in self._class_names if name not in present]:
             logger.warning("%s: no objects of %s: not in the means", self._dataset_name, ", ".join(absent))
         ap = np.full((len(self._class_names), len(IOU_THRESHOLDS)), np.nan)
-        with tempfile.TemporaryDirectory(prefix="voc_") as folder:
-            self._write_objects(folder)
-            for index, name in enumerate(self._class_names):
-                if name in present:
-                    lines = [line for predictions in gathered for line in predictions.get(index, [])]
-                    ap[index] = self._average_precision(folder, name, lines)
-            parse_rec.cache_clear()  # it holds on to every file that it ever read
+        for index, name in enumerate(self._class_names):
+            if name in present:
+                lines = [line for predictions in gathered for line in predictions.get(index, [])]
+                ap[index] = self._average_precision(name, lines)
         mean = dict(zip(IOU_THRESHOLDS, np.nanmean(ap, axis=0).tolist(), strict=True))
         result = {"AP": float(np.mean(list(mean.values()))), "AP50": mean[50], "AP75": mean[75]}
         result.update({f"AP50-{n}": x for n, x in zip(self._class_names, ap[:, 0].tolist(), strict=True)})
         return {"bbox": result}
 
-    def _write_objects(self, folder):
-        """Write the objects as Detectron2's evaluation reads them, which wants every field."""
-        _write_lines(os.path.join(folder, "images.txt"), self._objects)
-        for image_id, objects in self._objects.items():
-            root = ET.Element("annotation")
-            for obj in objects:
-                element = ET.SubElement(root, "object")
-                fields = {"name": obj.name, "pose": "", "truncated": 0, "difficult": int(obj.difficult)}
-                box = zip(("xmin", "ymin", "xmax", "ymax"), map(round, obj.box), strict=True)
-                for parent, values in ((element, fields), (ET.SubElement(element, "bndbox"), dict(box))):
-                    for key, value in values.items():
-                        ET.SubElement(parent, key).text = str(value)
-            path = os.path.join(folder, f"{image_id}.xml")
-            os.makedirs(os.path.dirname(path), exist_ok=True)  # an image's name may have a folder
-            ET.ElementTree(root).write(path)
+    def _average_precision(self, name, lines):
+        """AP (0-100) of a class at each IoU threshold, for detections as lines of text."""
+        words = [line.rsplit(" ", 5) for line in lines]  # image, score, xmin, ymin, xmax, ymax
+        numbers = np.array([found[1:] for found in words], dtype=float).reshape(-1, 5)
+        order = np.argsort(-numbers[:, 0])  # Detectron2's: it decides between equal scores
+        overlap, best, difficult = self._best_objects(name, [words[i][0] for i in order], numbers[order, 1:])
+        result = []
+        for threshold in IOU_THRESHOLDS:
+            hit = overlap > threshold / 100
+            ignored = hit & difficult[best]
+            # Of several detections of one object the first, which has the highest score, is right.
+            candidates = np.flatnonzero(hit & ~ignored)
+            right = np.zeros(len(hit))
+            right[candidates[np.unique(best[candidates], return_index=True)[1]]] = 1
+            tp, fp = np.cumsum(right), np.cumsum(1 - right - ignored)
+            precision = tp / np.maximum(tp + fp, np.finfo(float).eps)
+            recall = tp / np.count_nonzero(~difficult)
+            result.append(100 * voc_ap(recall, precision, self._is_2007))
+        return result
 
-    def _average_precision(self, folder, name, lines):
-        """AP (0-100) at each IoU threshold for detections as lines of text."""
-        detections = os.path.join(folder, "detections.txt")
-        _write_lines(detections, lines)
-        files = (detections, os.path.join(folder, "{}.xml"), os.path.join(folder, "images.txt"))
-        return [100 * voc_eval(*files, name, t / 100, self._is_2007)[2] for t in IOU_THRESHOLDS]
+    def _best_objects(self, name, images, boxes):
+        """Which object of a class each detection overlaps most.
+
+        Args:
+            name (str): the class.
+            images (list[str]): of N detections.
+            boxes (ndarray): theirs (N, 4).
+
+        Returns:
+            tuple[ndarray, ndarray, ndarray]: for each detection the highest IoU, -inf in an image without
+            such objects, and the object's index; for each object of the data set whether it is difficult.
+
+        Raises:
+            ValueError: a detection in an image that the data set does not have.
+        """
+        found = defaultdict(list)
+        for index, image_id in enumerate(images):
+            found[image_id].append(index)
+        if strange := found.keys() - self._objects.keys():
+            raise ValueError(f"predictions for image {min(strange)}, which is not in {self._dataset_name}")
+        overlap, best, difficult = np.full(len(images), -np.inf), np.zeros(len(images), dtype=int), []
+        for image_id, listed in self._objects.items():
+            objects = [obj for obj in listed if obj.name == name]
+            if objects and image_id in found:
+                iou = _overlaps(boxes[found[image_id]], np.round([obj.box for obj in objects]))
+                overlap[found[image_id]] = iou.max(axis=1)
+                best[found[image_id]] = len(difficult) + iou.argmax(axis=1)
+            difficult += [obj.difficult for obj in objects]
+        return overlap, best, np.array(difficult)
 
 
-def _write_lines(path, lines):
-    with open(path, "w") as f:
-        f.write("\n".join(lines))
+def _overlaps(boxes, others):
+    """IoU (N, M) of boxes (N, 4) and (M, 4) of pixels, the last ones included."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])
+    high = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    common = np.maximum(high - low + 1, 0).prod(axis=-1)
+    area, other_area = ((b[:, 2:] - b[:, :2] + 1).prod(axis=-1) for b in (boxes, others))
+    return common / (area[:, None] + other_area - common)

@@ -63,8 +63,10 @@ def text(path):
 
 def broken_png(path):
     Image.open(path).save(path, "PNG")
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"IDAT", b"\x03\x80&\xc3"))
+    content = bytearray(path.read_bytes())
+    length = content.index(b"IDAT") - 4
+    content[length : length + 4] = (100).to_bytes(4, "big")  # where no other chunk follows
+    path.write_bytes(content)
 
 
 def another_picture(path):

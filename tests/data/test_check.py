@@ -13,6 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from rethink_d2.data import glyphs
 from rethink_d2.data.check import check_dataset, cli
 from rethink_d2.data.classification import register_image_folder
 from rethink_d2.data.subsets import register_subset
@@ -65,15 +66,9 @@ class Coco:
         thing = {"id": 11, "image_id": 1, "category_id": 3, "iscrowd": 0, "bbox": [10, 10, 20, 20]}
         thing |= {"segmentation": [SQUARE], "keypoints": [11, 12, 2, 0, 0, 0], "num_keypoints": 1}
         hidden = thing | {"id": 12, "keypoints": [0] * 6, "num_keypoints": 0}
-        crowd = hidden | {"segmentation": RLE, "iscrowd": 1, "keypoints": []}
+        crowd = hidden | {"id": 13, "image_id": 2, "segmentation": RLE, "iscrowd": 1, "keypoints": []}
         dog = thing | {"id": 15, "image_id": 3, "category_id": 7}
-        annotations = [
-            thing,
-            hidden,
-            crowd | {"id": 13, "image_id": 2},
-            crowd | {"id": 14, "image_id": 3},
-            dog,
-        ]
+        annotations = [thing, hidden, crowd, crowd | {"id": 14, "image_id": 3}, dog]
         categories = [{"id": 3, "name": "person"}, {"id": 7, "name": "dog"}]
         self.document = {"images": images, "annotations": annotations, "categories": categories}
         self.first = thing
@@ -126,7 +121,7 @@ def test_a_fault_of_one_annotation(coco, level, kind, key, value):
 
 def test_boxes_alone_are_no_fault(coco):
     for annotation in coco.document["annotations"]:
-        annotation["segmentation"] = []
+        annotation["segmentation"] = RLE if annotation["iscrowd"] else []
     coco.first["bbox"] = None
     coco.register()
     assert faults() == [("error", "malformed", "1.jpg, annotation 11")]
@@ -199,7 +194,6 @@ def _rotate(path):
         (os.unlink, "missing-image"),
         (_truncate, "unreadable-image"),
         (lambda path: path.write_text("no image"), "unreadable-image"),
-        (lambda path: paint(path, (48, 64)), "image-size"),
         (_rotate, "image-size"),
     ],
 )
@@ -251,18 +245,16 @@ def test_every_fault_of_voc_data_in_one_run(tmp_path):
         ("warning", "zero-size-box", "flat.jpg, annotation 1"),
         ("warning", "box-outside", "beyond.jpg, annotation 1"),
     ]
-    counts, classes = notes()
-    assert (counts["images"], counts["instances"], counts["difficult"], classes["cat"]) == (11, 9, 1, 8)
+    assert notes()[0].items() >= {"images": 11, "instances": 9, "difficult": 1}.items()
 
 
 def test_a_union_of_voc_folders(tmp_path):
     for folder in "ab":
         write_voc(tmp_path / folder, "1")
     (tmp_path / "b/ImageSets/Main/val.txt").write_text("\n")
-    parts = [(tmp_path / "a", "train", 2007), (tmp_path / "b", "train", 2012), (tmp_path / "b", "val", 2012)]
-    register_voc(NAME, parts)
-    assert faults() == [("error", "annotation-file", "val.txt")]
-    assert notes()[0]["images"] == 2
+    parts = ("a", "train"), ("b", "train"), ("b", "val")
+    register_voc(NAME, [(tmp_path / folder, split, 2012) for folder, split in parts])
+    assert faults() == [("error", "annotation-file", "val.txt")] and notes()[0]["images"] == 2
 
 
 def test_an_image_folder(tmp_path):
@@ -281,9 +273,6 @@ def test_an_image_folder(tmp_path):
     "change, fault",
     [
         ({"bbox": [5, 5, 5, 9]}, ("warning", "zero-size-box")),
-        ({"bbox": [5, 5, 20, 99]}, ("warning", "box-outside")),
-        ({"bbox": [0.1, 0.1, 0.9, 0.9], "bbox_mode": BoxMode.XYXY_REL}, ("error", "malformed")),
-        ({"bbox": [30, 20, 20, 10, 45], "bbox_mode": BoxMode.XYWHA_ABS}, None),
         ({"category_id": 2}, ("error", "unknown-category")),
         ({"segmentation": [[1, 2, 3, 4]]}, ("error", "short-polygon")),
         ({"segmentation": RLE}, ("error", "malformed")),
@@ -345,10 +334,15 @@ def test_the_two_zero_size_boxes_of_bccd(real_data):
     assert found == [("warning", "BloodImage_00338"), ("warning", "BloodImage_00343")]
 
 
-def test_built_in_data_is_made_and_clean(glyph_cache):
-    assert faults("glyphs_tiny_train") == [] == faults("glyphs_keypoints_tiny_train")
-    counts, _ = notes("glyphs_keypoints_tiny_train")
-    assert counts["images"] == 32 and counts["with-visible-keypoints"] == counts["instances"] > 32
+def test_built_in_data_is_made_and_clean(tmp_path):
+    before = glyphs._ROOTS["glyphs_val"]
+    glyphs.register(tmp_path)
+    try:
+        assert faults("glyphs_tiny_train") == [] == faults("glyphs_keypoints_tiny_train")
+        counts, _ = notes("glyphs_keypoints_tiny_train")
+        assert counts["images"] == 32 and counts["with-visible-keypoints"] == counts["instances"] > 32
+    finally:
+        glyphs.register(before)
 
 
 @pytest.mark.parametrize("more, shown", [([], 10), (["--all"], 20)])
@@ -392,8 +386,7 @@ def test_an_interruption_leaves_no_processes(coco):
 
     records = [{"file_name": str(coco.root / "images/1.jpg"), "annotations": [Interrupt()]}] * 50
     DatasetCatalog.register(NAME, lambda: records)
-    assert cli([NAME, "--workers", "2"]) == 130
-    assert multiprocessing.active_children() == []
+    assert cli([NAME, "--workers", "2"]) == 130 and multiprocessing.active_children() == []
 
 
 def test_the_program_exits_with_1_on_a_broken_set(tmp_path):

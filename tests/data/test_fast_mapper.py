@@ -383,7 +383,7 @@ def test_a_loaders_worker_has_one_thread(colour_record):
         cv2.setNumThreads(3)
         data = Threads(FastMapper(config(), True), colour_record)
         data[0]  # OpenCV's threads exist before the worker is forked
-        [(shape, threads)] = DataLoader(data, batch_size=None, num_workers=1)
+        [(shape, threads)] = DataLoader(data, batch_size=None, num_workers=1, timeout=60)
         assert threads == 1 and shape[0] == 3
         assert cv2.getNumThreads() == 3
     finally:

@@ -14,11 +14,26 @@ from pathlib import Path
 import torch
 from test_resume import TIMES, assert_equal
 
+from rethink_d2 import model_zoo
 from rethink_d2.engine import checkpoint
 
 TRAIN_NET = str(Path(__file__).parents[2] / "train_net.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 TAG = "RETHINK_D2_TEST_PROCESS"
+
+# A tenth of a second an iteration, half a second an evaluation.
+MINI = [
+    *("--config-file", model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")),
+    *("DATASETS.TRAIN", "('glyphs_tiny_train',)", "DATASETS.TEST", "('glyphs_tiny_val',)"),
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)"),
+    *("MODEL.DEVICE", "cpu"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "100", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
+    # So that a model that knows next to nothing has detections, which take time.
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "20"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("SOLVER.SCHEDULE", "80", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "16"),
+    *("SOLVER.CHECKPOINT_KEEP", "3", "SOLVER.BRANCH_POINTS", "(20,)"),  # each is of 32 MB
+]
 
 
 class Process:
@@ -60,6 +75,13 @@ class Process:
                 if entry.name.isdigit() and self._tag in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
         return found
+
+    def launched(self):
+        """Ids of the processes of a run of several: first that which launched, then the launched ones."""
+        first = self._popen.pid
+        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        ranks = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [first, *ranks]
 
     @property
     def output(self):

@@ -46,11 +46,13 @@ def test_a_mask_rcnn_trains_in_bfloat16(glyph_cache, tmp_path):
 
 
 def test_float16_is_near_float32(data, tmp_path):
-    weights = []
+    weights, norms = [], []
     for name, enabled in (("full", False), ("half", True)):
         trainer = Trainer(toy(data, tmp_path / name, "SOLVER.AMP.ENABLED", enabled))
         trainer.train()
         weights.append(trainer.model.linear.weight)
+        norms.append([norm for norm, _ in trainer.storage.history("gradient_norm").values()])
+    assert norms[1] == pytest.approx(norms[0], rel=0.05), "not that of the scaled loss"
     assert weights[1].dtype == torch.float32 and not torch.equal(*weights)
     torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-2)
 

@@ -1,7 +1,5 @@
-"""Killed, preempted and branched runs of the mini Mask R-CNN end as the run alone, bit for bit."""
+"""Killed, preempted and branched runs of train_net.py, in real processes, end as the run alone, bit for bit."""
 
-import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -10,31 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-import test_resume
-import toy
-from detectron2.data import DatasetCatalog
-from processes import TORCHRUN, Process, assert_same_run, finish, newest, record, results, tensors_digest
-from toy import register_images
+from processes import (
+    MINI,
+    TORCHRUN,
+    Process,
+    assert_same_run,
+    finish,
+    newest,
+    record,
+    results,
+    tensors_digest,
+)
 
-from rethink_d2 import model_zoo
-from rethink_d2.engine import Trainer, checkpoint
-from rethink_d2.engine.start import find_start
+from rethink_d2.engine import checkpoint
 from rethink_d2.preemption import EXIT_CODE
+from rethink_d2.train import cli
 
 pytestmark = pytest.mark.slow
 
-MINI = [
-    *("--config-file", model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")),
-    *("DATASETS.TRAIN", "('glyphs_tiny_train',)", "DATASETS.TEST", "('glyphs_tiny_val',)"),
-    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)"),
-    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "100", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
-    # So that a model that knows next to nothing has detections, which take time.
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "20"),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
-    *("SOLVER.SCHEDULE", "80", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "16"),
-    *("SOLVER.CHECKPOINT_KEEP", "3", "SOLVER.BRANCH_POINTS", "(20,)"),  # each is of 32 MB
-]
-TWO = ["--num-gpus", "2", *MINI, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_GROUP", "1", "SOLVER.SCHEDULE", "40"]
+TWO = ["--num-gpus", "2", *MINI, "SOLVER.IMS_PER_GROUP", "1", "SOLVER.SCHEDULE", "40"]
 WORKERS = ["DATALOADER.NUM_WORKERS", "2"]
 
 
@@ -88,8 +80,7 @@ def test_twenty_kills(unbroken, tmp_path, record_property):
 
 
 def preempt(run, number, group):
-    """Signal a run and see it stop in order."""
-    before = newest(run.folder)
+    """Signal a run, frozen or not, see it stop in order, and return the iterations done."""
     run.signal(number, group)
     run.signal(signal.SIGCONT)
     assert run.end(60) == EXIT_CODE, run.output[-3000:]
@@ -97,28 +88,38 @@ def preempt(run, number, group):
     assert not run.orphans()
     assert record(run.folder)["state"] == "preempted"
     last = newest(run.folder)
-    assert last > before and checkpoint.is_whole(str(run.folder / f"model_{last:07d}.pth"))
+    assert checkpoint.is_whole(str(run.folder / f"model_{last:07d}.pth"))
+    return last + 1
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGUSR1), (signal.SIGUSR2, signal.SIGINT)])
-def test_preempted(unbroken, tmp_path, signals):
+@pytest.mark.parametrize(
+    "signals, evaluation",
+    [((signal.SIGTERM, signal.SIGUSR1), "next"), ((signal.SIGUSR2, signal.SIGINT), "last")],
+)
+def test_preempted(unbroken, tmp_path, signals, evaluation):
     # No other checkpoints than those of the stops.
     rare = ["SOLVER.CHECKPOINT_PERIOD", "0", "SOLVER.BRANCH_POINTS", "()"]
     args = ["--resume", *MINI, *WORKERS, *rare]
+    stops = []
     for number, group in zip(signals, (False, True), strict=True):
         with Process(tmp_path / "run", *args) as run:
             run.until_started()
             time.sleep(0.5)
-            preempt(run, number, group)
-    with Process(tmp_path / "run", *args) as run:
-        run.freeze_while(run.is_evaluating)
-        preempt(run, signals[0], True)
-        assert run.output.count("Start inference on") == run.output.count("copypaste: Task: bbox") + 1
-    done = newest(tmp_path / "run") + 1
-    assert done % 16 == 0 and done not in [row["iteration"] for row in results(tmp_path / "run")]
-    assert len(checkpoint.checkpoints(tmp_path / "run")) == 3
-    output = finish(tmp_path / "run", *args)
-    assert f"Starting training from iteration {done}" in output
+            stops.append(preempt(run, number, group))
+    assert 0 < stops[0] < stops[1]
+    for _ in range(2):  # the second one in the same evaluation, before anything else
+        with Process(tmp_path / "run", *args) as run:
+            if evaluation == "last" and newest(tmp_path / "run") + 1 < 80:
+                run.until(lambda: "iter 80/80" in run.output)
+            run.freeze_while(run.is_evaluating)
+            stops.append(preempt(run, signals[0], True))
+            # Within the evaluation, not after it.
+            assert run.output.count("Start inference on") == run.output.count("copypaste: Task: bbox") + 1
+        assert stops[-1] not in [row["iteration"] for row in results(tmp_path / "run")]
+    assert stops[2] == stops[3] and (stops[2] == 80 if evaluation == "last" else stops[2] % 16 == 0)
+    # None but the end of the run wrote another one.
+    assert {i + 1 for i in checkpoint.checkpoints(tmp_path / "run")} <= {*stops, 80}
+    finish(tmp_path / "run", *args)
     assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -145,15 +146,23 @@ def unbroken_two(glyph_cache, tmp_path_factory):
 
 def test_two_processes(unbroken_two, tmp_path):
     args = ["--resume", *TWO, "DATALOADER.NUM_WORKERS", "1"]
-    for number, group in ((signal.SIGUSR1, False), (signal.SIGINT, True), (signal.SIGTERM, True)):
+    for number, group, evaluating in (
+        (signal.SIGUSR1, False, False),
+        (signal.SIGINT, True, False),
+        (signal.SIGTERM, False, True),
+    ):
+        before = newest(tmp_path / "run")
         with Process(tmp_path / "run", *args) as run:
             run.until_checkpoint()
-            preempt(run, number, group)
-    with Process(tmp_path / "run", *args) as run:
-        run.until_checkpoint()
-        run.signal(signal.SIGKILL)  # the parent's children do not outlive it
-        assert run.end() == -signal.SIGKILL
-        assert not run.orphans()
+            if evaluating:
+                run.until(run.is_evaluating)
+            assert preempt(run, number, group) > before + 1
+    for place in (0, 1, 2):
+        with Process(tmp_path / "run", *args) as run:
+            run.until_checkpoint()
+            os.kill(run.launched()[place], signal.SIGKILL)
+            assert run.end() not in (0, EXIT_CODE)
+            assert not run.orphans()
     finish(tmp_path / "run", *args)
     assert_same_run(tmp_path / "run", unbroken_two)
 
@@ -185,54 +194,31 @@ def test_only_one_process_trains_in_a_folder(glyph_cache, tmp_path):
             third.until_started()
 
 
-# From here on in this process.
+def test_a_branch_by_the_command_line(unbroken, tmp_path):
+    args = [*MINI, "SOLVER.SCHEDULE", "30", "DATALOADER.NUM_WORKERS", "1"]
+    finish(tmp_path / "alone", *args)
+    output = finish(tmp_path / "branch", *args, "--branch-from", unbroken)
+    assert "Starting training from iteration 20" in output
+    assert_same_run(tmp_path / "branch", tmp_path / "alone")
+    parent = record(tmp_path / "branch")["parent"]
+    assert parent["folder"] == os.path.relpath(unbroken, tmp_path / "branch")
+    assert (parent["iteration"], parent["identity"]) == (20, record(unbroken)["identity"])
+    assert parent["sha256"] == checkpoint.digest(unbroken / "model_0000019.pth")
+    print(f"branch {tensors_digest(tmp_path / 'branch')}, alone {tensors_digest(tmp_path / 'alone')}")
 
 
-@pytest.fixture(scope="module")
-def toy_data(tmp_path_factory):
-    register_images("toy_interruption", tmp_path_factory.mktemp("images"))
-    yield "toy_interruption"
-    DatasetCatalog.remove("toy_interruption")
-
-
-def train(cfg, preemption=None, **how):
-    Trainer(cfg, find_start(cfg, **how), preemption).train()
-
-
-def die_at(count, after, cfg):
-    """Train in a process that ends as by SIGKILL before or after its n-th file gets its name."""
-    replace, calls = os.replace, itertools.count(1)
-
-    def counted(*args):
-        last = next(calls) == count
-        if last and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*args)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = counted
-    train(cfg, resume=True)
-
-
-def test_a_kill_at_every_file(toy_data, tmp_path):
-    long = ["SOLVER.SCHEDULE", "12", "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.CHECKPOINT_KEEP", 2]
-    alone = toy.config(toy_data, tmp_path / "alone", *long)
-    train(alone)
-    files = {p.name for p in (tmp_path / "alone").glob("model_*")}
-    context = multiprocessing.get_context("fork")
-    for count, after in ((n, after) for n in range(1, 100) for after in (False, True)):
-        cfg = toy.config(toy_data, tmp_path / f"{count}-{after}", *long)
-        child = context.Process(target=die_at, args=(count, after, cfg))
-        child.start()
-        child.join(60)
-        train(cfg, resume=True)
-        folder = tmp_path / f"{count}-{after}"
-        test_resume.assert_same_run(folder, tmp_path / "alone")
-        assert (folder / "last_checkpoint").read_text() == "model_0000011.pth"
-        assert {p.name for p in folder.glob("model_*")} == files
-        assert not list(folder.glob(".writing-*"))
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == -signal.SIGKILL
-    assert count > 10
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("SEED", "2"),
+        ("SOLVER.BASE_LR", "0.04"),
+        ("DATASETS.TRAIN", "('glyphs_train_100',)"),
+        ("INPUT.RANDOM_FLIP", "none"),
+    ],
+    ids=lambda change: change[0],
+)
+def test_a_branch_of_another_run_is_refused(unbroken, tmp_path, capsys, change):
+    args = [*MINI, *change, "OUTPUT_DIR", str(tmp_path / "branch")]
+    assert cli(["--branch-from", str(unbroken), *args]) == 2
+    assert change[0] in capsys.readouterr().err
+    assert not (tmp_path / "branch").exists()

@@ -68,15 +68,22 @@ class Gradients(HookBase):
 
 
 def mini_iteration(folder, cache):
-    """One iteration: images, anchors, regions by the number of this process's groups; gradients."""
+    """One iteration: images, anchors, regions by the number of this process's groups; gradients.
+
+    Also whether each pass averages them over the processes.
+    """
     os.environ["RETHINK_D2_CACHE"] = cache
     processes = comm.get_world_size()
     trainer = Trainer(mini(folder, processes))
-    gradients, images = Gradients(), []
+    gradients, images, averages = Gradients(), [], []
     trainer.register_hooks([gradients])
     trainer.model.register_forward_pre_hook(
         lambda _, args: images.append({s["file_name"]: s["image"] for s in args[0]})
     )
+    if processes > 1:
+        trainer.model.register_forward_pre_hook(
+            lambda several, _: averages.append(several.require_backward_grad_sync)
+        )
     trainer.train()
     model = trainer.model.module if processes > 1 else trainer.model
     passes = zip(images, model.proposal_generator.sampled, model.roi_heads.sampled, strict=True)
@@ -84,7 +91,11 @@ def mini_iteration(folder, cache):
         step * processes + comm.get_rank(): {"images": images, "anchors": anchors, "regions": regions}
         for step, (images, anchors, regions) in enumerate(passes)
     }
-    return groups, gradients.values
+    return groups, gradients.values, averages
+
+
+# Once an iteration, in the last of a process's groups.
+AVERAGES = {1: [], 2: [False, True], 4: [True]}
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +106,9 @@ def spread(glyph_cache, tmp_path_factory):
     for processes in (1, 2, 4):
         out = str(folder / f"run{processes}")
         results = on_processes(folder / str(processes), processes, mini_iteration, out, str(glyph_cache))
-        groups = {number: values for own, _ in results for number, values in own.items()}
-        found[processes] = groups, [gradients for _, gradients in results]
+        groups = {number: values for own, _, _ in results for number, values in own.items()}
+        found[processes] = groups, [gradients for _, gradients, _ in results]
+        assert all(averages == AVERAGES[processes] for _, _, averages in results)
     return found
 
 

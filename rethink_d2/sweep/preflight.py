@@ -1,0 +1,125 @@
+"""Everything that can be known to be wrong with a whole sweep before its first run."""
+
+import os
+import shutil
+import socket
+import subprocess
+
+import torch
+
+from .. import recipe
+from .process import current, resolved
+from .state import State, node_state
+
+__all__ = ["preflight"]
+
+
+def preflight(out, nodes, *, num_gpus=1, slurm=None):
+    """Look for all problems of the runs that are not finished.
+
+    Args:
+        out (str): the sweep's folder.
+        nodes (list[Node]): of the plan.
+        num_gpus (int): processes of one run; on Slurm, on each of its machines.
+        slurm (dict[str, str] or None): the options of sbatch, where that is the launcher.
+
+    Returns:
+        list[str]: each with what to do about it; empty when nothing is known to be wrong.
+    """
+    processes = num_gpus * int((slurm or {}).get("nodes", 1))
+    nodes = [current(node, processes) for node in nodes]
+    states = {node.id: node_state(out, node) for node in nodes}
+    todo = [node for node in nodes if states[node.id] is not State.FINISHED]
+    return [
+        *_changed(out, todo, states, processes),
+        *_recipes(out, todo, nodes, processes),
+        *_disk(out, todo),
+        *(_machine(todo, num_gpus) if slurm is None else _partition(slurm)),
+    ]
+
+
+def _changed(out, todo, states, processes):
+    for node in todo:
+        known = all(states.get(parent) is State.FINISHED for parent in node.parents)  # and so its weights
+        if states[node.id] is State.CHANGED and known:
+            folder = os.path.join(out, node.id)
+            keys = _differing(os.path.join(folder, "config.yaml"), node, processes)
+            yield f"{folder} holds a run of another recipe{keys}: move it away, or give another --out"
+
+
+def _differing(path, node, processes):
+    try:
+        then = recipe.settings(recipe.resolve(recipe.load(path, []), processes))
+    except ValueError:
+        return ""
+    found = recipe.differences(then, recipe.settings(resolved(node, processes)))
+    return " (" + ", ".join(f"{k}: {old!r}, now {new!r}" for k, (old, new) in found.items()) + ")"
+
+
+def _recipes(out, todo, nodes, processes):
+    """What recipe.check finds, each problem once."""
+    made = {os.path.abspath(os.path.join(out, node.id)) for node in nodes}
+    runs = {}
+    for node in todo:
+        try:
+            cfg = resolved(node, processes)
+        except ValueError as e:
+            runs.setdefault(str(e), []).append(node.id)
+            continue
+        for problem in recipe.check(cfg, processes):
+            # Weights that a run of this plan makes need not exist yet.
+            ours = (
+                problem.key == "MODEL.WEIGHTS" and os.path.dirname(os.path.abspath(cfg.MODEL.WEIGHTS)) in made
+            )
+            unused = node.kind == "evaluate" and problem.key not in recipe.EVALUATION_KEYS
+            if problem.level == "error" and not ours and not unused:
+                runs.setdefault(str(problem), []).append(node.id)
+    for problem, ids in runs.items():
+        more = f" and {len(ids) - 2} more" if len(ids) > 2 else ""
+        yield f"{problem} (needed by {', '.join(ids[:2])}{more})"
+
+
+def _disk(out, todo):
+    folder = os.path.abspath(out)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    need, free = sum(node.disk_gb for node in todo), shutil.disk_usage(folder).free / 1e9
+    if need > free:
+        yield f"{out}: the runs need {need:,.1f} GB, {free:,.1f} are free: free some, or give another --out"
+    if not os.access(folder, os.W_OK):
+        yield f"{out} cannot be written: give another --out"
+
+
+def _machine(todo, num_gpus):
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if num_gpus > count:
+            yield f"--num-gpus {num_gpus}: this machine has {count} GPUs"
+    elif num_gpus > 1 and any(resolved(node, num_gpus).MODEL.DEVICE != "cpu" for node in todo):
+        yield f"--num-gpus {num_gpus}: this machine has no CUDA GPU; leave it out to run on the CPU"
+    if num_gpus > 1:
+        try:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+        except OSError as e:
+            yield f"no free port on 127.0.0.1 for the processes of a run to meet ({e})"
+
+
+def _partition(options):
+    if shutil.which("sbatch") is None:
+        yield "--launcher slurm: there is no sbatch here: start the sweep on a machine of the Slurm cluster"
+        return
+    asked = ["sinfo", "--noheader", "--format=%R"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        yield "--launcher slurm: Slurm does not answer within a minute"
+        return
+    if found.returncode:
+        yield f"--launcher slurm: Slurm does not answer: {found.stderr.strip()}"
+        return
+    partitions = sorted(set(found.stdout.split()))
+    wanted = options.get("partition")
+    for name in wanted.split(",") if wanted else ():
+        if name not in partitions:
+            yield f"--slurm partition={wanted}: there is no {name}; this cluster has {', '.join(partitions)}"

@@ -1,0 +1,95 @@
+"""Faster ways to run a step train the same model, and survive an interruption."""
+
+import shutil
+
+import pytest
+import torch
+from test_resume import StopsAfter, assert_equal
+
+from rethink_d2 import model_zoo, recipe
+from rethink_d2.engine import Trainer
+from rethink_d2.engine.start import find_start
+from rethink_d2.preemption import Preempted
+
+KEY = "SOLVER.ACCELERATE."
+
+
+def config(folder, *options):
+    """Two iterations of the mini Mask R-CNN on small pictures."""
+    data = [
+        "DATASETS.TRAIN",
+        "('glyphs_tiny_train',)",
+        "DATASETS.TEST",
+        "()",
+        "INPUT.MIN_SIZE_TRAIN",
+        "(64,)",
+    ]
+    batch = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.IMS_PER_GROUP", "2", "SOLVER.CHECKPOINT_PERIOD", "0"]
+    length = ["SOLVER.SCHEDULE", "", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "MODEL.DEVICE", "cpu"]
+    path = model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")
+    return recipe.resolve(
+        recipe.load(path, [*data, *batch, *length, "OUTPUT_DIR", str(folder), *map(str, options)]), 1
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, glyph_cache):
+    trainer = Trainer(config(tmp_path_factory.mktemp("plain")))
+    trainer.train()
+    return trainer
+
+
+def losses(trainer):
+    return [value for value, _ in trainer.storage.history("total_loss").values()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (f"{KEY}CHANNELS_LAST", True),
+        (f"{KEY}SGD", "foreach"),
+        (f"{KEY}SGD", "fused"),
+        pytest.param(
+            (f"{KEY}COMPILE_PAD", 32),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler"),
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_it_trains_the_same_and_resumes_exactly(plain, tmp_path, options):
+    trainer = Trainer(config(tmp_path / "a", *options))
+    trainer.train()
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-4)
+    after = trainer.model.state_dict()
+    assert after.keys() == plain.model.state_dict().keys()
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-4)
+
+    cfg = config(tmp_path / "b", *options)
+    with pytest.raises(Preempted):
+        Trainer(cfg, None, StopsAfter(0)).train()
+    resumed = Trainer(cfg, find_start(cfg, resume=True))
+    resumed.train()
+    assert_equal(dict(resumed.model.state_dict()), dict(after))
+
+
+def test_channels_last_and_fused_are_in_effect(tmp_path, glyph_cache):
+    trainer = Trainer(config(tmp_path, f"{KEY}CHANNELS_LAST", True, f"{KEY}SGD", "fused"))
+    weight = trainer.model.backbone.bottom_up.res3[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("key, value", [("SGD", "quick"), ("COMPILE_PAD", 33)])
+def test_wrong_values_name_the_key(tmp_path, key, value, glyph_cache):
+    if key == "COMPILE_PAD" and not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    with pytest.raises(ValueError, match=f"SOLVER.ACCELERATE.{key}"):
+        Trainer(config(tmp_path, KEY + key, value))
+
+
+def test_acceleration_is_part_of_the_identity(tmp_path):
+    assert recipe.identity(config(tmp_path)) != recipe.identity(config(tmp_path, f"{KEY}SGD", "fused"))

@@ -1,0 +1,204 @@
+"""Sweeps on a real Slurm of one machine, started and stopped here."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import standin
+import torch
+from standin import node, starts, until
+
+from rethink_d2 import model_zoo, recipe
+from rethink_d2.files import read_json
+from rethink_d2.sweep import plan
+from rethink_d2.sweep.preflight import preflight
+from rethink_d2.sweep.process import RETRIES, resolved, stop
+from rethink_d2.sweep.slurm import SlurmSweep
+from rethink_d2.sweep.state import State, progress, queue
+
+pytestmark = pytest.mark.slow
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+SlurmctldPort={ctld}
+SlurmdPort={slurmd}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+KillWait=20
+ReturnToService=2
+MailProg=/bin/true
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+CPU = {"gpus_per_node": "0", "partition": "main", "time": "1"}
+MINI = model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")
+OPTIONS = [
+    *("DATASETS.TRAIN", "('glyphs_tiny_train',)", "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "0"),
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "100", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
+    *("SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.BRANCH_POINTS", "(20,)", "MODEL.DEVICE", "cpu"),
+]
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _answers():
+    found = subprocess.run(["sinfo", "-h", "-t", "idle"], capture_output=True, text=True)
+    return "main" in found.stdout
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory, glyph_cache):
+    """A Slurm of one machine with two cores; skips where it cannot be had."""
+    programs = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
+    path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+    lacking = [name for name in programs if shutil.which(name, path=path) is None]
+    if lacking:
+        pytest.skip(f"needs Slurm: no {', '.join(lacking)} (Debian: apt-get install slurm-wlm munge)")
+    if os.geteuid():
+        pytest.skip("starting Slurm's daemons needs root")
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o600)
+    conf = folder / "slurm.conf"
+    ports = {"ctld": _free_port(), "slurmd": _free_port()}
+    conf.write_text(CONF.format(host=socket.gethostname().split(".")[0], folder=folder, **ports))
+    munge = [f"--{name}={folder}/munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+    daemons = (
+        ["munged", "--foreground", "--force", f"--key-file={key}", *munge],
+        ["slurmctld", "-D", "-c"],
+        ["slurmd", "-D", "-c"],
+    )
+    # One thread: jobs side by side, and a bit for bit comparison.
+    settings = {"SLURM_CONF": str(conf), "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        for argv in daemons:
+            log = stack.enter_context(open(folder / f"{argv[0]}.out", "w"))
+            daemon = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
+            stack.callback(daemon.wait)
+            stack.callback(daemon.terminate)
+            until(lambda: argv[0] != "munged" or (folder / "munge.socket").exists())  # noqa: B023
+        until(_answers, 60)
+        stack.callback(_cancel_all)
+        yield folder
+
+
+def _cancel_all():
+    subprocess.run(["scancel", "--user=root"])
+    until(lambda: not queue(), 60)
+
+
+def run_slurm(out, nodes, command=plan.command, **kwargs):
+    options = {**CPU, **kwargs.pop("options", {})}
+    return SlurmSweep(str(out), nodes, options=options, command=command, poll=0.5, **kwargs).run()
+
+
+def in_background(out, nodes, **kwargs):
+    """A sweep in a process of its own."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=run_slurm, args=(out, nodes), kwargs=kwargs)
+    process.start()
+    return process
+
+
+def mini(out, id, schedule, trunk=None):
+    """A node of a real training."""
+    options = [*OPTIONS, "SOLVER.SCHEDULE", str(schedule), "OUTPUT_DIR", os.path.join(out, id)]
+    made = node(
+        id,
+        [trunk] if trunk else [],
+        kind="branch" if trunk else "train",
+        options=options,
+        config_file=MINI,
+        branch_from=trunk,
+        start=20 if trunk else 0,
+        iterations=schedule - (20 if trunk else 0),
+    )
+    import dataclasses
+
+    return dataclasses.replace(made, identity=recipe.identity(resolved(made, 1)))
+
+
+def weights(folder):
+    saved = torch.load(folder / "model_final.pth", weights_only=True)
+    found = hashlib.sha256()
+    for part in ("model", "optimizer"):
+        for name, value in sorted(flat(saved[part]).items()):
+            found.update(f"{name} {value.numpy().tobytes() if torch.is_tensor(value) else value}".encode())
+    return found.hexdigest()
+
+
+def flat(tree, prefix=""):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    leaves = {}
+    for key, value in items:
+        name = f"{prefix}.{key}"
+        leaves.update(flat(value, name) if isinstance(value, (dict, list)) else {name: value})
+    return leaves
+
+
+def launched(out, id):
+    return read_json(os.path.join(out, id, "launch.json"), {})
+
+
+def test_preempted_jobs_and_a_killed_sweep_end_as_undisturbed_ones(slurm, tmp_path):
+    a, b = "trunk/seed1", "branch/seed1"
+
+    def graph(out):
+        return [mini(out, a, 60), mini(out, b, 30, trunk=a)]
+
+    disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
+    first = in_background(disturbed, graph(disturbed))
+    reference = in_background(quiet, graph(quiet))
+    until(lambda: list((disturbed / a).glob("model_*.pth.sha256")), 120)
+    # Preempted by Slurm, while the sweep is killed.
+    jobs = {id: launched(disturbed, id)["job_id"] for id in (a, b)}
+    first.kill()
+    first.join()
+    subprocess.run(["scontrol", "requeue", jobs[a]], check=True)
+    second = in_background(disturbed, graph(disturbed))
+    until(lambda: read_json(disturbed / a / "run.json")["state"] == "preempted", 30)
+    until(lambda: queue().get(jobs[a]) == "RUNNING", 60)
+    assert progress(str(disturbed), graph(disturbed)[0], queue()).state is State.RUNNING
+    until(lambda: read_json(disturbed / a / "run.json")["state"] == "done", 120)
+    # As before a time limit: Slurm sends submitit's signal.
+    until(lambda: list((disturbed / b).glob("model_*.pth.sha256")), 120)
+    subprocess.run(["scancel", "--signal=USR2", jobs[b]], check=True)
+    until(lambda: read_json(disturbed / b / "run.json")["state"] == "preempted", 30)
+    for process in (second, reference):
+        process.join(240)
+        assert process.exitcode == 0
+    assert {id: launched(disturbed, id)["job_id"] for id in (a, b)} == jobs  # nothing was submitted twice
+    assert run_slurm(disturbed, graph(disturbed)) == {a: State.FINISHED, b: State.FINISHED}
+    assert weights(disturbed / a) == weights(quiet / a)
+    assert weights(disturbed / b) == weights(quiet / b)
+    log = (disturbed / a / "launch.log").read_text()
+    assert log.count("Starting training from iteration") == 2
