@@ -28,9 +28,14 @@ setup(
         "tensorboard",
         "tabulate",
         "tqdm",
+        "msgspec",
         "filelock",
+        "rich",
+        "submitit",
         "optuna",
         "PyYAML",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "hypothesis", "ruff"]},
+    extras_require={
+        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mean-average-precision", "pandas"]
+    },
 )

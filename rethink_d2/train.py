@@ -1,5 +1,6 @@
 """One run from the command line: ``python -m rethink_d2.train --config-file ...``."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -25,6 +26,9 @@ from .modeling.safe_weights import SafeCheckpointer
 from .preemption import EXIT_CODE, Preempted, Preemption, end_if_orphaned
 
 logger = logging.getLogger(__name__)
+
+# In a run folder: the file whose lock its one writer holds.
+LOCK = ".lock"
 
 MEMORY_ADVICE = (
     "The GPU ran out of memory. What helps, first to last: SOLVER.IMS_PER_GROUP 1 (the same batch in "
@@ -110,14 +114,10 @@ def main(args):
     if args.eval_only:
         return evaluate_only(cfg, args)
     with Preemption() as preemption:
-        # A lock of the system's: it goes with the process, however that ends.
-        lock = FileLock(lock_path(cfg), timeout=10)
-        if comm.is_main_process():
-            lock.acquire()
-        start = agree_on(start_of(cfg, args) if comm.is_main_process() else None)
-        train(cfg, args, start, preemption)
-        comm.synchronize()  # none ends, and so has the others ended, before the record is written
-        lock.release()
+        with lock_folder(cfg, 10) if comm.is_main_process() else contextlib.nullcontext():
+            start = agree_on(start_of(cfg, args) if comm.is_main_process() else None)
+            train(cfg, args, start, preemption)
+            comm.synchronize()  # none ends, and so has the others ended, before the record is written
 
 
 def train(cfg, args, start, preemption):
@@ -152,21 +152,25 @@ def start_of(cfg, args):
     )
 
 
-def lock_path(cfg):
-    """The file that the one writer of a run folder holds."""
-    return os.path.join(cfg.OUTPUT_DIR, ".lock")
+def lock_folder(cfg, seconds):
+    """Become the one process that trains in OUTPUT_DIR.
 
+    Args:
+        seconds (float): how long to wait for another one to end.
 
-def refuse_second_writer(cfg):
-    """Raise ValueError when another process trains in OUTPUT_DIR."""
-    if os.path.exists(lock_path(cfg)):
-        try:
-            FileLock(lock_path(cfg), timeout=0).acquire().lock.release()
-        except Timeout as e:
-            raise ValueError(
-                f"OUTPUT_DIR {cfg.OUTPUT_DIR}: another process is training there; wait for it, stop it, or "
-                "set another OUTPUT_DIR"
-            ) from e
+    Returns:
+        a context that ends the lock. The lock is the system's: it goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    try:
+        return FileLock(os.path.join(cfg.OUTPUT_DIR, LOCK)).acquire(seconds)
+    except Timeout as e:
+        raise ValueError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: another process is training there; wait for it, stop it, or "
+            "set another OUTPUT_DIR"
+        ) from e
 
 
 def evaluate_only(cfg, args):
@@ -189,7 +193,8 @@ def cli(argv=None):
     try:
         cfg = prepare(args)
         if training and not under_torchrun():
-            refuse_second_writer(cfg)
+            if os.path.exists(os.path.join(cfg.OUTPUT_DIR, LOCK)):
+                lock_folder(cfg, 0).lock.release()
             start_of(cfg, args)
     except (ValueError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)

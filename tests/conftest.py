@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ import torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
+
+# The built-in data sets take their places from this when they are registered, at import; so do their files
+# never come from, or go to, the user's own cache.
+_cache = tempfile.TemporaryDirectory(prefix="rethink_d2_tests_")
+os.environ["RETHINK_D2_CACHE"] = _cache.name
 
 # Detectron2 reads this variable once, at import; so it is set here, before any test imports it.
 _small = ROOT.parent / "shared" / "data"
@@ -29,15 +35,9 @@ def real_data():
 
 
 @pytest.fixture(scope="session")
-def glyph_cache(tmp_path_factory):
+def glyph_cache():
     """One cache of built-in data for all tests, empty at first, also for child processes."""
-    folder = tmp_path_factory.mktemp("cache")
-    before = os.environ.get("RETHINK_D2_CACHE")
-    os.environ["RETHINK_D2_CACHE"] = str(folder)
-    yield folder
-    os.environ.pop("RETHINK_D2_CACHE")
-    if before is not None:
-        os.environ["RETHINK_D2_CACHE"] = before
+    return Path(os.environ["RETHINK_D2_CACHE"])
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import numpy as np
-from msgspec import UNSET, DecodeError, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, DecodeError, Meta, Raw, Struct, UnsetType, ValidationError
 from msgspec.json import Decoder, Encoder, decode, format
 from tqdm import tqdm
 
@@ -144,22 +144,16 @@ def pieces(array, kind, size=_PIECE):
             try:
                 # A cut within an object, or within a string, leaves something open, which is an error here.
                 elements = decoder.decode(format(piece, indent=-1) if b"\n" in piece else piece)
+            except ValidationError:
+                raise
             except DecodeError:
-                if not found or _is_closed(piece):
+                if not found:
                     raise
                 searched = found.end()
             else:
                 break
         yield elements, following - start
         start = following
-
-
-def _is_closed(text):
-    try:
-        decode(text, type=Raw)
-    except DecodeError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

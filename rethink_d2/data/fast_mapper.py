@@ -82,7 +82,9 @@ class FastMapper(CountingMapper):
             self._transform_batched(annotations, transforms, image_shape)
             instances = utils.annotations_to_instances(annotations, image_shape, self.instance_mask_format)
             _speed_up_masks(instances)
-            dataset_dict["instances"] = utils.filter_empty_instances(instances)
+            if self.instance_mask_format != "polygon" or any(map(_may_be_empty, annotations)):
+                instances = utils.filter_empty_instances(instances)
+            dataset_dict["instances"] = instances
         else:
             dataset_dict["annotations"] = copy.deepcopy(dataset_dict["annotations"])
             super()._transform_annotations(dataset_dict, transforms, image_shape)
@@ -115,9 +117,9 @@ class FastMapper(CountingMapper):
         def apply_box(boxes):
             if annotations[0]["bbox_mode"] == BoxMode.XYWH_ABS:
                 # Detectron2 adds floating point numbers in single precision here.
-                added = boxes.astype(np.float32) if boxes.dtype == np.float64 else boxes
-                added = BoxMode.convert(added, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-                boxes = added.astype(boxes.dtype)
+                corners = boxes.astype(np.float32 if boxes.dtype == np.float64 else boxes.dtype)
+                corners[:, 2:] += corners[:, :2]
+                boxes = corners.astype(boxes.dtype)
             return np.minimum(transforms.apply_box(boxes).clip(min=0), [width, height, width, height])
 
         boxes = _batched(apply_box, [np.asarray(a["bbox"])[None] for a in annotations])
@@ -187,6 +189,12 @@ class FastPolygonMasks(PolygonMasks):
                 has = counts > nth
                 masks[has] |= drawn.transpose(2, 0, 1)[first[has] + nth]
         return torch.from_numpy(masks).to(boxes.device)
+
+
+def _may_be_empty(annotation):
+    """Whether Detectron2's filter has to look at a transformed object; most images have none to remove."""
+    x0, y0, x1, y1 = annotation["bbox"]
+    return not (x1 - x0 > 0.1 and y1 - y0 > 0.1 and annotation.get("segmentation", True))
 
 
 def _speed_up_masks(instances):

@@ -124,7 +124,7 @@ class IndexedRecords(Sequence):
 
     def with_instances(self):
         """The images with more than crowd regions, as ``filter_images_with_only_crowd_annotations``."""
-        kept = self._of(self._rows[self._per_image(~self._all.crowd)[self._rows] >= 0])
+        kept = self._of(self._rows[self._per_image(~self._all.crowd)[self._rows] > 0])
         logger.info("%d images without instances left out; %d are left", len(self) - len(kept), len(kept))
         return kept
 
@@ -216,7 +216,7 @@ def load(name):
         return None
     try:
         records = IndexedRecords(_ensure(json_file), image_root)
-    except (Unfit, msgspec.DecodeError) as e:
+    except (Unfit, msgspec.DecodeError, UnicodeDecodeError) as e:
         logger.warning("%s: no index of %s, because %s; it is loaded without", name, json_file, e)
         return None
     except OSError as e:
@@ -249,16 +249,17 @@ def dataset_digest(name):
         name (str): a data set.
 
     Returns:
-        str or None: hexadecimal digits; None where there is no such data set or no such file.
-
-    Raises:
-        As :func:`load`.
+        str or None: hexadecimal digits; None for data sets that this module does not serve, and where the
+        file, or what a subset is made from, is not there.
     """
-    json_file = _source(name)[0]
+    try:
+        json_file = _source(name)[0]
+    except ValueError:
+        return None
     if json_file is None or not os.path.isfile(json_file):
         return None
-    if index := _opened(_index_path(json_file)):
-        return index.digest
+    if records := _opened(_index_path(json_file)):
+        return records.digest
     with open(json_file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

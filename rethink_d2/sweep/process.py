@@ -11,7 +11,7 @@ import subprocess
 from .. import recipe
 from ..files import read_json, write_json
 from ..preemption import EXIT_CODE
-from .state import CLAIM, LAUNCH, LOG, STOP, held, queue
+from .state import CLAIM, LAUNCH, LOG, RESULTS, STOP, held, queue
 
 __all__ = [
     "RETRIES",
@@ -121,9 +121,9 @@ def start(folder, node, argv, launcher, *, fds=(), env=None, cores=None, session
     """
     forget_stop(folder)
     before = read_json(os.path.join(folder, LAUNCH), {}).get("identity")
-    if node.kind == "evaluate" and before != node.identity:
-        with contextlib.suppress(FileNotFoundError):  # of other weights
-            os.unlink(os.path.join(folder, "results.json"))
+    if node.kind in RESULTS and before != node.identity:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, RESULTS[node.kind]))
     with open(os.path.join(folder, LOG), "ab") as log:
         process = subprocess.Popen(
             argv,

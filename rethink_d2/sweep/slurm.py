@@ -76,7 +76,9 @@ class Job:
             options = {"fds": locks, "session": False, "job_id": task.job_id}
             code = self._run(start(self._folder, self.node, self.argv, "slurm", **options))
             ended(self._folder, code)
-        if self._to_stop() or (code == 0 and (task.global_rank or self._finished(task))):
+        if self._to_stop() or (task.global_rank and code in (0, *STOPPED)):
+            return
+        if code == 0 and self._finished(task):
             return
         if code not in STOPPED and not (curable(self._folder, code) and self._crashes(task) <= RETRIES):
             raise RuntimeError(f"{self.node.id} ended with {code}: {last_error(self._folder)}")
@@ -112,7 +114,7 @@ class Job:
         for parent in self.node.parents:
             state = read_json(os.path.join(self.out, parent, "run.json"), {}).get("state", "not started")
             if state != "done":
-                raise RuntimeError(f"{self.node.id} needs {parent}, which is {state}")
+                raise RuntimeError(f"{self.node.id} needs {parent}, which is not done (run.json: {state})")
 
     def _claim(self):
         # What was killed a moment ago may take some time to let go.
@@ -227,7 +229,8 @@ class SlurmSweep:
         executor.update_parameters(**self._parameters(node))
         forget_stop(folder)
         try:
-            job = executor.submit(Job(self.out, node, self._command(node, 1, self.out))).job_id
+            argv = self._command(node, self._num_gpus // self._tasks(node), self.out)
+            job = executor.submit(Job(self.out, node, argv)).job_id
         except FailedJobError as e:
             raise ValueError(f"{node.id}: {e}") from e
         self.jobs[node.id] = job
@@ -235,9 +238,15 @@ class SlurmSweep:
         write_json(os.path.join(folder, LAUNCH), {"launcher": "slurm", "job_id": job, "identity": before})
         say(node.id, f"submitted as Slurm job {job}")
 
+    def _tasks(self, node):
+        """Tasks per machine: one for each process, but for a search, which starts its trials' processes."""
+        return 1 if node.kind == "search" else self._num_gpus
+
     def _parameters(self, node):
         options = {"gpus_per_node": self._num_gpus, "requeue": True, **self._options}
         hours, nodes = float(options.pop("time", DEFAULT_HOURS)), int(options.pop("nodes", 1))
+        if node.kind == "search":
+            nodes = 1
         if not int(options["gpus_per_node"]):
             del options["gpus_per_node"]
         parents = [self.jobs[p] for p in node.parents if p in self.jobs]
@@ -247,7 +256,7 @@ class SlurmSweep:
             "name": node.id,
             "timeout_min": round(hours * 60),
             "nodes": nodes,
-            "tasks_per_node": self._num_gpus,
+            "tasks_per_node": self._tasks(node),
             "slurm_srun_args": ["--kill-on-bad-exit=1"],
             "slurm_additional_parameters": options,
         }

@@ -14,6 +14,7 @@ import datetime
 import enum
 import fcntl
 import functools
+import glob
 import json
 import os
 import subprocess
@@ -26,13 +27,15 @@ from rich.text import Text
 from .. import paper, recipe
 from ..files import read_json, write_json
 from ..preemption import EXIT_CODE
+from ..train import LOCK as TRAINING_LOCK
 from .plan import Node
 
 __all__ = ["Progress", "State", "held", "node_state", "planned", "progress", "queue", "recorded_state"]
 
 CLAIM, LAUNCH, LOG, STOP = ".claim", "launch.json", "launch.log", ".stop"
 PLAN = "sweep.json"
-TRAINING_LOCK = ".lock"
+# What tells that runs without a run.json are done. They are done anew when they or their weights change.
+RESULTS = {"evaluate": "results.json", "search": "best.yaml"}
 # The end of metrics.json and of logs that is read: some hundred rows.
 TAIL = 1 << 16
 
@@ -110,14 +113,14 @@ def recorded_state(out, node):
     folder = os.path.join(out, node.id)
     launch = read_json(os.path.join(folder, LAUNCH), {})
     record = {}
-    if node.kind != "evaluate":
+    if node.kind not in RESULTS:
         record = read_json(os.path.join(folder, "run.json"), {})
         if record and record["identity"] != node.identity:
             return State.CHANGED
         if record.get("state") == "done":
             return State.FINISHED
-    elif launch.get("identity") == node.identity and _evaluated(folder, node):
-        return State.FINISHED  # evaluation writes no run.json, and is done again for other weights
+    elif launch.get("identity") == node.identity and _has_result(folder, node):
+        return State.FINISHED
     if launch.get("exit") not in (None, 0, EXIT_CODE):
         return State.FAILED
     if record.get("state") == "running":
@@ -125,9 +128,12 @@ def recorded_state(out, node):
     return State(record.get("state") or (State.PREEMPTED if launch.get("exit") else State.WAITING))
 
 
-def _evaluated(folder, node):
+def _has_result(folder, node):
+    path = os.path.join(folder, RESULTS[node.kind])
+    if node.kind == "search":
+        return os.path.exists(path)
     names, iteration = _evaluation(node.config_file, node.options)
-    rows = read_json(os.path.join(folder, "results.json"), [])
+    rows = read_json(path, [])
     return bool(names) and set(names) <= {row["dataset"] for row in rows if row["iteration"] == iteration}
 
 
@@ -168,7 +174,10 @@ def progress(out, node, jobs=()):
     """
     folder = os.path.join(out, node.id)
     state = node_state(out, node, jobs)
-    iteration, seconds = _metrics(folder)
+    trials = glob.glob(os.path.join(glob.escape(folder), "trials", "*"))
+    counted = [_metrics(one) for one in (trials if node.kind == "search" else [folder])]
+    iteration = sum(done for done, _ in counted)
+    seconds = max((each for _, each in counted if each), default=None)
     max_iter = node.start + node.iterations if node.iterations else 0
     iteration = max_iter if state is State.FINISHED else min(max(iteration, node.start), max_iter)
     rows = read_json(os.path.join(folder, "results.json"), [])

@@ -94,7 +94,11 @@ KEYPOINTS += ["DATASETS.TRAIN", ("keypoints_coco_2017_train",)]
     "kind, options",
     [
         ("instances", ["INPUT.MIN_SIZE_TRAIN", (800,)]),
-        ("instances", ["INPUT.FORMAT", "RGB", "INPUT.MASK_FORMAT", "bitmask"]),
+        ("instances", ["INPUT.MIN_SIZE_TRAIN", (240,)]),
+        (
+            "instances",
+            ["INPUT.FORMAT", "RGB", "INPUT.MASK_FORMAT", "bitmask", "INPUT.MIN_SIZE_TRAIN", (300,)],
+        ),
         ("instances", ["MODEL.MASK_ON", False, "INPUT.RANDOM_FLIP", "vertical"]),
         ("instances", ["MODEL.MASK_ON", False, "INPUT.CROP.ENABLED", True]),
         ("person_keypoints", KEYPOINTS),

@@ -327,10 +327,11 @@ def test_a_full_disk_names_the_variable_and_leaves_nothing(cache, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(glyphs.json, "dumps", full)
-    monkeypatch.setattr(glyphs, "_version_folder", lambda: "glyphs_test")
-    with pytest.raises(glyphs.GlyphCacheError, match="No space left.*RETHINK_D2_CACHE"):
-        glyphs.ensure("glyphs_tiny_val")
+    with monkeypatch.context() as patch:  # undone before the names are registered anew
+        patch.setattr(glyphs.json, "dumps", full)
+        patch.setattr(glyphs, "_version_folder", lambda: "glyphs_test")
+        with pytest.raises(glyphs.GlyphCacheError, match="No space left.*RETHINK_D2_CACHE"):
+            glyphs.ensure("glyphs_tiny_val")
     assert leftovers(cache) == []
 
 

@@ -76,6 +76,9 @@ class Process:
                     found.append(int(entry.name))
         return found
 
+    def running(self):
+        return self._popen.poll() is None
+
     def launched(self):
         """Ids of the processes of a run of several: first that which launched, then the launched ones."""
         first = self._popen.pid
@@ -134,7 +137,7 @@ class Process:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"does not end:\n{self.output[-3000:]}") from None
 
-    def orphans(self, timeout=10):
+    def orphans(self, timeout=60):
         """Processes that are left `timeout` seconds from now."""
         end = time.monotonic() + timeout
         while (left := self.alive()) and time.monotonic() < end:

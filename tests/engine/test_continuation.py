@@ -16,7 +16,7 @@ from test_resume import StopsAfter
 
 from rethink_d2 import model_zoo, recipe
 from rethink_d2.data import glyphs
-from rethink_d2.engine import Trainer, checkpoint
+from rethink_d2.engine import Trainer
 from rethink_d2.engine.start import find_start
 from rethink_d2.engine.trainer import build_initialized_model
 from rethink_d2.preemption import Preempted

@@ -1,4 +1,4 @@
-"""Killed, preempted and branched runs of train_net.py, in real processes, end as the run alone, bit for bit."""
+"""Real processes of train_net.py, killed, preempted and branched, end as the run alone, bit for bit."""
 
 import os
 import random
@@ -145,19 +145,19 @@ def unbroken_two(glyph_cache, tmp_path_factory):
 
 
 def test_two_processes(unbroken_two, tmp_path):
-    args = ["--resume", *TWO, "DATALOADER.NUM_WORKERS", "1"]
-    for number, group, evaluating in (
-        (signal.SIGUSR1, False, False),
-        (signal.SIGINT, True, False),
-        (signal.SIGTERM, False, True),
+    args = ["--resume", *TWO]
+    for number, group, options, evaluating in (
+        (signal.SIGUSR1, False, [], False),
+        (signal.SIGINT, True, ["DATALOADER.NUM_WORKERS", "1"], False),
+        (signal.SIGTERM, False, [], True),
     ):
         before = newest(tmp_path / "run")
-        with Process(tmp_path / "run", *args) as run:
+        with Process(tmp_path / "run", *args, *options) as run:
             run.until_checkpoint()
             if evaluating:
                 run.until(run.is_evaluating)
             assert preempt(run, number, group) > before + 1
-    for place in (0, 1, 2):
+    for place in (0, 1):  # the process that launched the others, and one of those
         with Process(tmp_path / "run", *args) as run:
             run.until_checkpoint()
             os.kill(run.launched()[place], signal.SIGKILL)
@@ -165,6 +165,19 @@ def test_two_processes(unbroken_two, tmp_path):
             assert not run.orphans()
     finish(tmp_path / "run", *args)
     assert_same_run(tmp_path / "run", unbroken_two)
+
+
+def test_none_outlives_a_kill_while_processes_start(glyph_cache, tmp_path):
+    with Process(tmp_path / "run", *TWO) as run:
+        run.until(lambda: len(run.launched()) == 3)
+        run.signal(signal.SIGKILL)
+        assert not run.orphans()
+    with Process(tmp_path / "run", *TWO, "DATALOADER.NUM_WORKERS", "1") as run:
+        # Launched processes start their loader workers afresh, too.
+        run.until(lambda: len(run.launched()) == 3 and len(run.alive()) == 6)
+        for pid in run.launched()[1:]:
+            os.kill(pid, signal.SIGKILL)
+        assert not run.orphans()
 
 
 def test_torchrun(unbroken_two, tmp_path):
@@ -187,11 +200,21 @@ def test_only_one_process_trains_in_a_folder(glyph_cache, tmp_path):
             assert "another process is training there" in second.output
             assert "Traceback" not in second.output
         assert "Traceback" not in first.output
-        first.until_checkpoint()
+        first.until_checkpoint()  # nothing stopped it
         first.signal(signal.SIGKILL)
         first.end()
         with Process(tmp_path / "run", *args) as third:
             third.until_started()
+
+
+def test_of_two_that_start_together_one_trains(glyph_cache, tmp_path):
+    args = ["--resume", *MINI, "SOLVER.SCHEDULE", "10k", "TEST.EVAL_PERIOD", "0"]
+    with Process(tmp_path / "run", *args) as one, Process(tmp_path / "run", *args) as other:
+        while one.running() and other.running():
+            time.sleep(0.1)
+        refused, trains = (other, one) if one.running() else (one, other)
+        assert refused.end() != 0 and "another process is training there" in refused.output
+        trains.until_checkpoint()
 
 
 def test_a_branch_by_the_command_line(unbroken, tmp_path):

@@ -14,7 +14,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 from gloo import on_processes
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rethink_d2.data.glyphs import KEYPOINT_OKS_SIGMAS
@@ -237,6 +237,8 @@ def predict(evaluator, found, images=(1, 2, 3)):
     return process(evaluator, pairs)
 
 
+CAT = (1, 10, (10, 10, 20, 20), {"id": 1, "iscrowd": 0})
+
 # Few places, sizes and scores, so that overlaps and scores are often equal or exactly at a threshold.
 boxes = st.tuples(*[st.integers(0, 4).map(lambda n: 10 * n)] * 2, *[st.sampled_from([10, 20, 40])] * 2)
 areas = st.sampled_from([100, 32**2, 40**2, 96**2, 10**4])
@@ -254,14 +256,12 @@ detections = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(annotations, detections, st.sampled_from([None, 2, 12]))
+@example([CAT], [(1, 0, (10, 10, 20, 20), score) for score in (0.75, 0.5)], None)
 def test_any_boxes(register, truth, found, max_dets):
     ids = [(*annotation, {**fields, "id": 2**33 - i}) for i, (*annotation, fields) in enumerate(truth)]
     name = register(ids)
     ours = predict(Ours(name, max_dets_per_image=max_dets), found)
     assert_same(ours, Detectron2s(name, max_dets_per_image=max_dets))
-
-
-CAT = (1, 10, (10, 10, 20, 20), {"id": 1, "iscrowd": 0})
 
 
 def test_nothing_found_is_not_a_number(register):

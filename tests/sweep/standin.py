@@ -92,10 +92,11 @@ def main(folder, identity, *options):
         f.write(f"{os.getpid()}\n")
         f.seek(0)
         start = len(f.readlines())
-    write("running")
-    time.sleep(float(options.get("SECONDS", 0)))
     codes = json.loads(options.get("CODES", "[]"))
     code = codes[start - 1] if start <= len(codes) else 0
+    if code != 2:
+        write("running")
+    time.sleep(float(options.get("SECONDS", 0)))
     if code < 0:
         os.kill(os.getpid(), -code)
     if code:

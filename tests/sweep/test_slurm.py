@@ -1,15 +1,13 @@
 """Sweeps on a real Slurm of one machine, started and stopped here."""
 
 import contextlib
+import dataclasses
 import hashlib
+import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import standin
@@ -18,11 +16,10 @@ from standin import node, starts, until
 
 from rethink_d2 import model_zoo, recipe
 from rethink_d2.files import read_json
-from rethink_d2.sweep import plan
 from rethink_d2.sweep.preflight import preflight
-from rethink_d2.sweep.process import RETRIES, resolved, stop
+from rethink_d2.sweep.process import resolved, stop
 from rethink_d2.sweep.slurm import SlurmSweep
-from rethink_d2.sweep.state import State, progress, queue
+from rethink_d2.sweep.state import State, progress, queue, recorded_state
 
 pytestmark = pytest.mark.slow
 
@@ -115,21 +112,18 @@ def _cancel_all():
     until(lambda: not queue(), 60)
 
 
-def run_slurm(out, nodes, command=plan.command, **kwargs):
-    options = {**CPU, **kwargs.pop("options", {})}
-    return SlurmSweep(str(out), nodes, options=options, command=command, poll=0.5, **kwargs).run()
+def run_slurm(out, nodes, **kwargs):
+    return SlurmSweep(str(out), nodes, **{"options": CPU, "poll": 0.5, **kwargs}).run()
 
 
 def in_background(out, nodes, **kwargs):
-    """A sweep in a process of its own."""
-    import multiprocessing
-
+    """A sweep in a process of its own, which exits with 0 when it comes to its end."""
     process = multiprocessing.get_context("fork").Process(target=run_slurm, args=(out, nodes), kwargs=kwargs)
     process.start()
     return process
 
 
-def mini(out, id, schedule, trunk=None):
+def mini(out, id, schedule, trunk=None, processes=1):
     """A node of a real training."""
     options = [*OPTIONS, "SOLVER.SCHEDULE", str(schedule), "OUTPUT_DIR", os.path.join(out, id)]
     made = node(
@@ -142,9 +136,7 @@ def mini(out, id, schedule, trunk=None):
         start=20 if trunk else 0,
         iterations=schedule - (20 if trunk else 0),
     )
-    import dataclasses
-
-    return dataclasses.replace(made, identity=recipe.identity(resolved(made, 1)))
+    return dataclasses.replace(made, identity=recipe.identity(resolved(made, processes)))
 
 
 def weights(folder):
@@ -202,3 +194,45 @@ def test_preempted_jobs_and_a_killed_sweep_end_as_undisturbed_ones(slurm, tmp_pa
     assert weights(disturbed / b) == weights(quiet / b)
     log = (disturbed / a / "launch.log").read_text()
     assert log.count("Starting training from iteration") == 2
+
+
+def test_stopped_crashed_and_refused_runs(slurm, tmp_path, capfd):
+    a, b, c, d, e = (f"{name}/seed1" for name in "abcde")
+    nodes = [
+        *(node(a, options=("SECONDS", 300)), node(b, [a])),
+        *(node(c, options=("CODES", [-9])), node(d, options=("CODES", [2] * 9)), node(e, [d])),
+    ]
+    both = [in_background(tmp_path, nodes, command=standin.command) for _ in range(2)]
+    until(lambda: starts(tmp_path, a) and (tmp_path / a / "run.json").exists(), 120)
+    assert "Slurm job" in stop(str(tmp_path), a)
+    for sweep in both:
+        sweep.join(240)
+        assert sweep.exitcode == 0
+    assert capfd.readouterr().out.count("submitted") == len(nodes)
+    assert [len(starts(tmp_path, id)) for id in (a, b, c, d, e)] == [1, 0, 2, 1, 0]
+    states = [recorded_state(str(tmp_path), n) for n in nodes]
+    assert states == [State.PREEMPTED, State.WAITING, State.FINISHED, State.FAILED, State.WAITING]
+    log = "".join(path.read_text() for path in (tmp_path / ".slurm").glob("*.err"))
+    assert f"{b} needs {a}, which is not done (run.json: preempted)" in log
+    assert f"{e} needs {d}, which is not done (run.json: not started)" in log
+    assert f"{d} ended with 2: error: this is why" in log
+    with pytest.raises(ValueError, match="has ended"):
+        stop(str(tmp_path), a)
+
+    outcome = run_slurm(tmp_path, [node(a), nodes[1]], command=standin.command)
+    assert outcome == {a: State.FINISHED, b: State.FINISHED}
+
+
+def test_processes_of_one_job_train_one_model(slurm, tmp_path):
+    made = mini(tmp_path, "a/seed1", 4, processes=2)
+    assert run_slurm(tmp_path, [made], num_gpus=2) == {"a/seed1": State.FINISHED}
+    assert read_json(tmp_path / "a/seed1/run.json")["world_size"] == 2
+
+
+def test_says_what_the_cluster_lacks(slurm, tmp_path):
+    nodes = [node("a/seed1", config_file=MINI, options=OPTIONS)]
+    assert preflight(str(tmp_path), nodes, slurm=CPU) == []
+    [problem] = preflight(str(tmp_path), nodes, slurm={"partition": "gpu"})
+    assert "there is no gpu; this cluster has main" in problem
+    with pytest.raises(ValueError, match="a/seed1: .*invalid partition"):
+        run_slurm(tmp_path, nodes, options={**CPU, "partition": "gpu"})

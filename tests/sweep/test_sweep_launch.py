@@ -229,6 +229,43 @@ def test_several_sweeps_at_once_run_each_once(tmp_path):
     assert [len(starts(tmp_path, n.id)) for n in nodes] == [1] * len(nodes)
 
 
+def looking_first(monkeypatch, then):
+    """Let the first look at a run tell that it waits, and something happen right after it."""
+    looks = []
+
+    def look(out, node):
+        looks.append(node)
+        if len(looks) > 2:  # the first is the sweep's own at its beginning
+            return node_state(out, node)
+        if len(looks) == 2:
+            then()
+        return State.WAITING
+
+    monkeypatch.setattr(launch, "node_state", look)
+
+
+def test_a_run_that_ends_between_look_and_claim_is_not_run_again(tmp_path, monkeypatch):
+    nodes = [node("a/seed1")]
+    sweep(tmp_path, nodes)
+    looking_first(monkeypatch, lambda: None)
+    assert sweep(tmp_path, nodes) == {"a/seed1": State.FINISHED}
+    assert len(starts(tmp_path, "a/seed1")) == 1
+
+
+@pytest.mark.parametrize("name", [".claim", ".lock"])
+def test_a_run_that_is_taken_between_look_and_claim_is_waited_for(tmp_path, monkeypatch, capsys, name):
+    path, argv = tmp_path / "a/seed1" / name, [sys.executable, "-S", "-c", "import time; time.sleep(0.3)"]
+
+    def take():
+        claim = lock(str(path))
+        subprocess.Popen(argv, pass_fds=[claim])
+        os.close(claim)
+
+    looking_first(monkeypatch, take)
+    assert sweep(tmp_path, [node("a/seed1")]) == {"a/seed1": State.FINISHED}
+    assert "again" not in capsys.readouterr().out  # a stand-in that finds the lock taken fails
+
+
 def test_stop_preempts_one_run_until_a_later_sweep(tmp_path):
     a, b, c = ids("abc")
     nodes = [node(a, options=SLOW), node(b, [a]), node(c)]
@@ -245,7 +282,7 @@ def test_stop_preempts_one_run_until_a_later_sweep(tmp_path):
 def test_stop_reaches_a_run_that_the_waiting_sweep_did_not_start(tmp_path):
     nodes = [node("a/seed1", options=SLOW)]
     with sweeping(tmp_path, nodes) as first:
-        until(lambda: starts(tmp_path, "a/seed1") and (tmp_path / "a/seed1/run.json").exists())
+        until((tmp_path / "a/seed1/run.json").exists)
         first.kill()
         first.join()
         with sweeping(tmp_path, nodes) as second:
