@@ -29,7 +29,7 @@ def add_rethink_config(cfg):
     # Mixed precision (SOLVER.AMP.ENABLED): "float16", "bfloat16", or "" for float16 on a GPU and bfloat16
     # on a CPU, which has no need to scale the loss.
     cfg.SOLVER.AMP.DTYPE = ""
-    # Faster steps (engine/acceleration.py), each with the result the same within float tolerance: tensors with
+    # Faster steps (engine/acceleration.py), the result the same within float tolerance: tensors with
     # channels last; SGD "foreach" or "fused"; the backbone compiled, with images padded to a multiple of
     # COMPILE_PAD pixels so that few shapes occur (0: not compiled).
     cfg.SOLVER.ACCELERATE = CN({"CHANNELS_LAST": False, "SGD": "", "COMPILE_PAD": 0})
