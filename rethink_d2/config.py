@@ -30,9 +30,8 @@ def add_rethink_config(cfg):
     # on a CPU, which has no need to scale the loss.
     cfg.SOLVER.AMP.DTYPE = ""
     # Faster steps (engine/acceleration.py), the result the same within float tolerance: tensors with
-    # channels last; SGD "foreach" or "fused"; the backbone compiled, with images padded to a multiple of
-    # COMPILE_PAD pixels so that few shapes occur (0: not compiled).
-    cfg.SOLVER.ACCELERATE = CN({"CHANNELS_LAST": False, "SGD": "", "COMPILE_PAD": 0})
+    # channels last; SGD "foreach" or "fused".
+    cfg.SOLVER.ACCELERATE = CN({"CHANNELS_LAST": False, "SGD": ""})
     # For a phase of another model that starts from a run's checkpoint (engine/start.py): how long that run
     # has trained, as a length like SOLVER.SCHEDULE ("6x"); "" for a run of its own.
     cfg.SOLVER.CASCADE_FROM = ""

@@ -92,11 +92,12 @@ class IndexedRecords(Sequence):
         if isinstance(index, slice):
             return self._of(self._rows[index])
         row = self._rows[index]
-        lines = [row, *self._all.order[self._all.first[row] : self._all.first[row + 1]]]
-        text = b"".join([self._file[self._all.line[i] : self._all.line[i + 1]] for i in lines])
-        file_name, *annotations = _decode_lines(text)
+        own = slice(self._all.first[row], self._all.first[row + 1])
+        lines = np.append(self._all.order[own], row)
+        spans = zip(self._all.line[lines].tolist(), self._all.line[lines + 1].tolist(), strict=True)
+        *annotations, file_name = _decode_lines(b"".join([self._file[start:stop] for start, stop in spans]))
         if self._usable_only:
-            dropped = self._all.unusable[self._all.first[row] : self._all.first[row + 1]]
+            dropped = self._all.unusable[own].tolist()
             annotations = [a for a, drop in zip(annotations, dropped, strict=True) if not drop]
         return {
             "file_name": os.path.join(self._image_root, file_name),

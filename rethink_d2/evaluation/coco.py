@@ -5,7 +5,9 @@ back to Detectron2's own C++ code and needs no compiler; masks are measured by p
 time for them.
 """
 
+import contextlib
 import copy
+import gc
 import itertools
 import json
 import os
@@ -27,6 +29,18 @@ __all__ = ["FastCOCOEvaluator"]
 FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 
 
+@contextlib.contextmanager
+def _without_garbage_collection():
+    # It would look through millions of annotations and predictions again and again, and none is garbage.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class FastCOCOEvaluator(COCOEvaluator):
     """Detectron2's COCO evaluator, faster: the same inputs, metrics, files and options but ``use_fast_impl``.
 
@@ -36,6 +50,7 @@ class FastCOCOEvaluator(COCOEvaluator):
     :meth:`evaluate` can be called again, with other ``img_ids`` for example.
     """
 
+    @_without_garbage_collection()
     def __init__(self, dataset_name, tasks=None, distributed=True, output_dir=None, **options):
         """
         Args:
@@ -58,6 +73,7 @@ class FastCOCOEvaluator(COCOEvaluator):
         if distributed and not comm.is_main_process():
             self._coco_api = None
 
+    @_without_garbage_collection()
     def evaluate(self, img_ids=None):
         """Compare the predictions of all processes with the annotations; every process must call this.
 
@@ -209,9 +225,8 @@ class _Evaluation(COCOeval_faster):
                 objects.append_ref(image, 0, self._object(annotation))
             results = sorted(found.get(image, ()), key=itemgetter("score"), reverse=True)
             results = results[: self.params.maxDets[-1]]
-            for result in results:
-                values = {"id": next(ids), "score": result["score"], "area": self._area(result)}
-                detections.append_ref(image, 0, values)
+            for result, area in zip(results, self._areas(results), strict=True):
+                detections.append_ref(image, 0, {"id": next(ids), "score": result["score"], "area": area})
             overlaps.append([self._overlaps(results, annotations) if results and annotations else []])
         params = copy.copy(self.params)
         params.imgIds, params.catIds = images, [0]
@@ -229,11 +244,11 @@ class _Evaluation(COCOeval_faster):
             "ignore": crowd or unlabelled,
         }
 
-    def _area(self, result):
+    def _areas(self, results):
         if self.params.iouType == "segm":
-            return mask_util.area(result["segmentation"])
+            return [mask_util.area(result["segmentation"]) for result in results]
         # Of keypoints too, as in Detectron2.
-        return result["bbox"][2] * result["bbox"][3]
+        return [result["bbox"][2] * result["bbox"][3] for result in results]
 
     def _overlaps(self, results, annotations):
         """(results, annotations): IoU or, for keypoints, OKS (cocodataset.org/#keypoints-eval)."""
@@ -247,19 +262,18 @@ class _Evaluation(COCOeval_faster):
         return faster_mask_util.iou([result["bbox"] for result in results], boxes, crowd)
 
     def _similarity(self, results, annotations):
-        variances = (2 * self.params.kpt_oks_sigmas) ** 2
-        points = np.array([result["keypoints"] for result in results]).reshape(len(results), -1, 3)[..., :2]
-        similarity = np.empty((len(results), len(annotations)))
-        for index, annotation in enumerate(annotations):
-            labels = np.array(annotation["keypoints"], dtype=float).reshape(-1, 3)
-            visible = labels[:, 2] > 0
-            if visible.any():
-                offset = points - labels[:, :2]
-            else:
-                # Nothing is labelled: how far the points are outside of three times the box.
-                corner, size = np.split(np.array(annotation["bbox"]), 2)
-                offset = np.maximum(corner - size - points, 0) + np.maximum(points - corner - 2 * size, 0)
-                visible[:] = True
-            error = (offset**2).sum(-1) / variances / (annotation["area"] + np.spacing(1)) / 2
-            similarity[:, index] = np.exp(-error[:, visible]).mean(1)
-        return similarity
+        points = np.array([r["keypoints"] for r in results]).reshape(len(results), 1, -1, 3)[..., :2]
+        labels = np.array([a["keypoints"] for a in annotations], dtype=float).reshape(len(annotations), -1, 3)
+        visible = labels[..., 2] > 0
+        offset = points - labels[..., :2]  # (results, annotations, keypoints, 2)
+        unlabelled = ~visible.any(axis=1)
+        if unlabelled.any():
+            # How far the points are outside of three times the box.
+            boxes = np.array([a["bbox"] for a in annotations])[unlabelled, None]
+            corner, size = boxes[..., :2], boxes[..., 2:]
+            low, high = corner - size, corner + 2 * size
+            offset[:, unlabelled] = np.maximum(low - points, 0) + np.maximum(points - high, 0)
+            visible[unlabelled] = True
+        areas = np.array([a["area"] for a in annotations])[:, None] + np.spacing(1)
+        error = (offset**2).sum(axis=-1) / (2 * self.params.kpt_oks_sigmas) ** 2 / areas / 2
+        return (np.exp(-error) * visible).sum(axis=-1) / visible.sum(axis=-1)

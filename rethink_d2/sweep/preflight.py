@@ -30,12 +30,21 @@ def preflight(out, nodes, *, num_gpus=1, slurm=None):
     nodes = [current(node, processes) for node in nodes]
     states = {node.id: node_state(out, node) for node in nodes}
     todo = [node for node in nodes if states[node.id] is not State.FINISHED]
+    configs = {node.id: _config(node, processes) for node in todo}
     return [
         *_changed(out, todo, states, processes),
-        *_recipes(out, todo, nodes, processes),
+        *_recipes(out, todo, nodes, configs, processes),
         *_disk(out, todo),
-        *(_machine(todo, num_gpus) if slurm is None else _partition(slurm)),
+        *(_machine(configs, num_gpus) if slurm is None else _partition(slurm)),
     ]
+
+
+def _config(node, processes):
+    """Its config, or what is wrong with that."""
+    try:
+        return resolved(node, processes)
+    except ValueError as e:
+        return str(e)
 
 
 def _changed(out, todo, states, processes):
@@ -56,15 +65,14 @@ def _differing(path, node, processes):
     return " (" + ", ".join(f"{k}: {old!r}, now {new!r}" for k, (old, new) in found.items()) + ")"
 
 
-def _recipes(out, todo, nodes, processes):
+def _recipes(out, todo, nodes, configs, processes):
     """What recipe.check finds, each problem once."""
     made = {os.path.abspath(os.path.join(out, node.id)) for node in nodes}
     runs = {}
     for node in todo:
-        try:
-            cfg = resolved(node, processes)
-        except ValueError as e:
-            runs.setdefault(str(e), []).append(node.id)
+        cfg = configs[node.id]
+        if isinstance(cfg, str):
+            runs.setdefault(cfg, []).append(node.id)
             continue
         for problem in recipe.check(cfg, processes):
             # Weights that a run of this plan makes need not exist yet.
@@ -90,12 +98,12 @@ def _disk(out, todo):
         yield f"{out} cannot be written: give another --out"
 
 
-def _machine(todo, num_gpus):
+def _machine(configs, num_gpus):
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if num_gpus > count:
             yield f"--num-gpus {num_gpus}: this machine has {count} GPUs"
-    elif num_gpus > 1 and any(resolved(node, num_gpus).MODEL.DEVICE != "cpu" for node in todo):
+    elif num_gpus > 1 and any(not isinstance(c, str) and c.MODEL.DEVICE != "cpu" for c in configs.values()):
         yield f"--num-gpus {num_gpus}: this machine has no CUDA GPU; leave it out to run on the CPU"
     if num_gpus > 1:
         try:

@@ -20,6 +20,8 @@ import os
 import subprocess
 import time
 
+from rich import box
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -260,32 +262,32 @@ def planned(out):
 
 
 def table(out):
-    """One row per run: state, iteration, AP, iterations per second, time left, last error.
+    """One row per run: state, iteration, AP, iterations per second, time left; last errors below.
 
     Returns:
-        tuple[rich.table.Table, bool]: the table, and whether all runs are finished.
+        tuple[rich.console.Group, bool]: to print, and whether all runs are finished.
     """
     nodes, jobs = planned(out), queue() or {}
     rows = {node.id: progress(out, node, jobs) for node in nodes}
     finished = sum(row.state is State.FINISHED for row in rows.values())
     title = f"{finished} of {len(rows)} finished, {time.strftime('%H:%M:%S')}"
-    made = Table(title=title, title_justify="left", title_style="")
-    for name in ("run", "state"):
-        made.add_column(name)
+    made = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
+    made.add_column("run", no_wrap=True, min_width=max(map(len, rows)))
+    made.add_column("state")
     for name in ("iteration", "AP", "it/s", "left"):
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("last error", overflow="fold")
     for id, row in rows.items():
+        begun = row.max_iter and row.state is not State.WAITING
         made.add_row(
             id,
             Text(row.state.value, STYLES.get(row.state, "")),
-            f"{row.iteration:,} / {row.max_iter:,}" if row.max_iter else "-",
+            f"{row.iteration:,} / {row.max_iter:,}" if begun else "-",
             "-" if row.ap is None else f"{row.ap:.1f}",
             "-" if row.rate is None else f"{row.rate:.3g}",
             "-" if row.left is None else str(datetime.timedelta(seconds=round(row.left))),
-            Text(row.note),
         )
-    return made, finished == len(rows)
+    notes = [Text(f"{id}: {row.note}") for id, row in rows.items() if row.note]
+    return Group(made, *notes), finished == len(rows)
 
 
 def watch(out, console, seconds=5):

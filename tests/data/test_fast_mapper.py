@@ -364,7 +364,14 @@ def test_any_augmentations_do_as_in_detectron2(colour_record, augmentations, pix
         assert_same(*both(pair, {**colour_record, "annotations": [thing(segmentation=two)]}, seed), pixels)
 
 
-def test_chosen_by_config(colour_record):
+def test_boxes_are_recomputed_as_by_detectron2(colour_record):
+    fields = {"augmentations": [T.ResizeShortestEdge(60)], "image_format": "BGR", "use_instance_mask": True}
+    pair = [kind(True, **fields, recompute_boxes=True) for kind in (FastMapper, CountingMapper)]
+    loose = thing(bbox=[0.0, 0.0, WIDTH, HEIGHT])
+    assert_same(*both(pair, {**colour_record, "annotations": [loose]}), pixels=2)
+
+
+def test_chosen_by_config():
     assert type(build_mapper(config("INPUT.MAPPER", "FastMapper"), True)) is FastMapper
 
 

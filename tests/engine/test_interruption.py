@@ -39,6 +39,7 @@ def unbroken(glyph_cache, tmp_path_factory):
 
 def kill(run, moment, rng):
     """SIGKILL a run, its group or it alone, at a moment."""
+    run.until_started()  # what the kill before left half written is gone then
     if moment == "writing":
         run.freeze_while(run.is_writing)
     elif moment == "evaluating":
@@ -48,6 +49,7 @@ def kill(run, moment, rng):
         time.sleep(rng.uniform(0, 0.5))
     run.signal(signal.SIGKILL, group=rng.random() < 0.5)
     assert run.end() == -signal.SIGKILL, run.output[-3000:]
+    assert moment != "writing" or run.is_writing()
 
 
 def survive(folder, seed, options):
