@@ -1,7 +1,7 @@
 """Faster steps, each by one key of SOLVER.ACCELERATE; the paper's configs use none of them.
 
-They change the order of floating-point sums, so a run with one is another run (its identity differs), but what
-they compute is the same within float tolerance.
+They change the order of floating-point sums, so a run with one is another run (its identity differs), but
+what they compute is the same within float tolerance.
 """
 
 import torch

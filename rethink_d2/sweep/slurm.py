@@ -82,8 +82,9 @@ class Job:
             return
         if code not in STOPPED and not (curable(self._folder, code) and self._crashes(task) <= RETRIES):
             raise RuntimeError(f"{self.node.id} ended with {code}: {last_error(self._folder)}")
-        # It is refused, rightly, where Slurm itself is putting the job back already.
-        subprocess.run(["scontrol", "requeue", task.job_id])
+        # Otherwise Slurm is ending the job itself: because it puts it back, or somebody has cancelled it.
+        if (queue() or {}).get(task.job_id) == "RUNNING":
+            subprocess.run(["scontrol", "requeue", task.job_id])
 
     def checkpoint(self):
         """Called by submitit on its signal: let the training write a checkpoint and end.

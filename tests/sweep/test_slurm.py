@@ -6,8 +6,10 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 import standin
@@ -55,6 +57,10 @@ OPTIONS = [
 ]
 
 
+# Seconds that nothing takes, also on a busy machine.
+LONG = 400
+
+
 def _free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -93,7 +99,8 @@ def slurm(tmp_path_factory, glyph_cache):
     )
     # One thread: jobs side by side, and a bit for bit comparison.
     settings = {"SLURM_CONF": str(conf), "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        stack.callback(_kill, conf)
         for name, value in settings.items():
             patch.setenv(name, value)
         for argv in daemons:
@@ -103,24 +110,32 @@ def slurm(tmp_path_factory, glyph_cache):
             stack.callback(daemon.terminate)
             until(lambda: argv[0] != "munged" or (folder / "munge.socket").exists())  # noqa: B023
         until(_answers, 60)
-        stack.callback(_cancel_all)
         yield folder
 
 
-def _cancel_all():
-    subprocess.run(["scancel", "--user=root"])
-    until(lambda: not queue(), 60)
+def _kill(conf):
+    """Nothing of this Slurm is left running, whatever went wrong."""
+    tag = f"SLURM_CONF={conf}".encode()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # others', or just ended
+            if entry.name.isdigit() and tag in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def run_slurm(out, nodes, **kwargs):
     return SlurmSweep(str(out), nodes, **{"options": CPU, "poll": 0.5, **kwargs}).run()
 
 
+@contextlib.contextmanager
 def in_background(out, nodes, **kwargs):
     """A sweep in a process of its own, which exits with 0 when it comes to its end."""
     process = multiprocessing.get_context("fork").Process(target=run_slurm, args=(out, nodes), kwargs=kwargs)
     process.start()
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def mini(out, id, schedule, trunk=None, processes=1):
@@ -165,53 +180,59 @@ def test_preempted_jobs_and_a_killed_sweep_end_as_undisturbed_ones(slurm, tmp_pa
     a, b = "trunk/seed1", "branch/seed1"
 
     def graph(out):
-        return [mini(out, a, 60), mini(out, b, 30, trunk=a)]
+        return [mini(out, a, 66), mini(out, b, 60, trunk=a)]
+
+    def state(id):
+        return read_json(disturbed / id / "run.json", {}).get("state")
 
     disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
-    first = in_background(disturbed, graph(disturbed))
-    reference = in_background(quiet, graph(quiet))
-    until(lambda: list((disturbed / a).glob("model_*.pth.sha256")), 120)
-    # Preempted by Slurm, while the sweep is killed.
-    jobs = {id: launched(disturbed, id)["job_id"] for id in (a, b)}
-    first.kill()
-    first.join()
-    subprocess.run(["scontrol", "requeue", jobs[a]], check=True)
-    second = in_background(disturbed, graph(disturbed))
-    until(lambda: read_json(disturbed / a / "run.json")["state"] == "preempted", 30)
-    until(lambda: queue().get(jobs[a]) == "RUNNING", 60)
-    assert progress(str(disturbed), graph(disturbed)[0], queue()).state is State.RUNNING
-    until(lambda: read_json(disturbed / a / "run.json")["state"] == "done", 120)
-    # As before a time limit: Slurm sends submitit's signal.
-    until(lambda: list((disturbed / b).glob("model_*.pth.sha256")), 120)
-    subprocess.run(["scancel", "--signal=USR2", jobs[b]], check=True)
-    until(lambda: read_json(disturbed / b / "run.json")["state"] == "preempted", 30)
-    for process in (second, reference):
-        process.join(240)
-        assert process.exitcode == 0
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(in_background(disturbed, graph(disturbed)))
+        reference = stack.enter_context(in_background(quiet, graph(quiet)))
+        until(lambda: list((disturbed / a).glob("model_*.pth.sha256")), LONG)
+        # Preempted by Slurm, while the sweep is killed.
+        jobs = {id: launched(disturbed, id)["job_id"] for id in (a, b)}
+        first.kill()
+        subprocess.run(["scontrol", "requeue", jobs[a]], check=True)
+        second = stack.enter_context(in_background(disturbed, graph(disturbed)))
+        until(lambda: state(a) == "preempted", LONG)
+        until(lambda: queue().get(jobs[a]) == "RUNNING", LONG)
+        assert progress(str(disturbed), graph(disturbed)[0], queue()).state is State.RUNNING
+        until(lambda: list((disturbed / b).glob("model_*.pth.sha256")), LONG)
+        # As before a time limit: Slurm sends submitit's signal.
+        subprocess.run(["scancel", "--signal=USR2", jobs[b]], check=True)
+        until(lambda: state(b) == "preempted", LONG)
+        for process in (second, reference):
+            process.join(LONG)
+            assert process.exitcode == 0
     assert {id: launched(disturbed, id)["job_id"] for id in (a, b)} == jobs  # nothing was submitted twice
     assert run_slurm(disturbed, graph(disturbed)) == {a: State.FINISHED, b: State.FINISHED}
-    assert weights(disturbed / a) == weights(quiet / a)
-    assert weights(disturbed / b) == weights(quiet / b)
-    log = (disturbed / a / "launch.log").read_text()
-    assert log.count("Starting training from iteration") == 2
+    for id in (a, b):
+        assert weights(disturbed / id) == weights(quiet / id)
+        assert (disturbed / id / "launch.log").read_text().count("Starting training from iteration") == 2
 
 
-def test_stopped_crashed_and_refused_runs(slurm, tmp_path, capfd):
-    a, b, c, d, e = (f"{name}/seed1" for name in "abcde")
+def test_stopped_cancelled_crashed_and_refused_runs(slurm, tmp_path, capfd):
+    a, b, c, d, e, f = (f"{name}/seed1" for name in "abcdef")
     nodes = [
-        *(node(a, options=("SECONDS", 300)), node(b, [a])),
+        *(node(a, options=("SECONDS", 900)), node(f, options=("SECONDS", 900)), node(b, [a])),
         *(node(c, options=("CODES", [-9])), node(d, options=("CODES", [2] * 9)), node(e, [d])),
     ]
-    both = [in_background(tmp_path, nodes, command=standin.command) for _ in range(2)]
-    until(lambda: starts(tmp_path, a) and (tmp_path / a / "run.json").exists(), 120)
-    assert "Slurm job" in stop(str(tmp_path), a)
-    for sweep in both:
-        sweep.join(240)
-        assert sweep.exitcode == 0
+    with contextlib.ExitStack() as stack:
+        both = [in_background(tmp_path, nodes, command=standin.command) for _ in range(2)]
+        both = [stack.enter_context(sweep) for sweep in both]
+        until(lambda: all((tmp_path / id / "run.json").exists() for id in (a, f)), LONG)
+        assert "Slurm job" in stop(str(tmp_path), a)
+        subprocess.run(["scancel", launched(tmp_path, f)["job_id"]], check=True)
+        for sweep in both:
+            sweep.join(LONG)
+            assert sweep.exitcode == 0
     assert capfd.readouterr().out.count("submitted") == len(nodes)
-    assert [len(starts(tmp_path, id)) for id in (a, b, c, d, e)] == [1, 0, 2, 1, 0]
-    states = [recorded_state(str(tmp_path), n) for n in nodes]
-    assert states == [State.PREEMPTED, State.WAITING, State.FINISHED, State.FAILED, State.WAITING]
+    assert [len(starts(tmp_path, id)) for id in (a, b, c, d, e, f)] == [1, 0, 2, 1, 0, 1]
+    states = {n.id: recorded_state(str(tmp_path), n) for n in nodes}
+    assert states[a] == states[f] == State.PREEMPTED
+    assert (states[c], states[d]) == (State.FINISHED, State.FAILED)
+    assert states[b] == states[e] == State.WAITING
     log = "".join(path.read_text() for path in (tmp_path / ".slurm").glob("*.err"))
     assert f"{b} needs {a}, which is not done (run.json: preempted)" in log
     assert f"{e} needs {d}, which is not done (run.json: not started)" in log
@@ -219,7 +240,7 @@ def test_stopped_crashed_and_refused_runs(slurm, tmp_path, capfd):
     with pytest.raises(ValueError, match="has ended"):
         stop(str(tmp_path), a)
 
-    outcome = run_slurm(tmp_path, [node(a), nodes[1]], command=standin.command)
+    outcome = run_slurm(tmp_path, [node(a), nodes[2]], command=standin.command)
     assert outcome == {a: State.FINISHED, b: State.FINISHED}
 
 
