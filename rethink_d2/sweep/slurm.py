@@ -204,7 +204,9 @@ class SlurmSweep:
                 return
             state = recorded_state(self.out, current(node, self._processes))
             needed = [p for p in node.parents if p not in self.jobs and self.outcome[p] is not State.FINISHED]
-            if state in (State.FINISHED, State.CHANGED):
+            # Before its parents' weights are there, its identity is not known.
+            settled = self.jobs.keys().isdisjoint(node.parents)
+            if state is State.FINISHED or (state is State.CHANGED and settled):
                 self.outcome[node.id] = state
             elif needed:
                 self.outcome[node.id] = f"needs {needed[0]}"

@@ -45,12 +45,12 @@ TAIL = 1 << 16
 class State(str, enum.Enum):
     """Of a run: ``interrupted`` has ended without saying so, ``changed`` is another recipe's folder."""
 
-    FINISHED = "finished"
     RUNNING = "running"
-    PREEMPTED = "preempted"
     FAILED = "failed"
-    INTERRUPTED = "interrupted"
     CHANGED = "changed"
+    INTERRUPTED = "interrupted"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
     WAITING = "waiting"
 
 
@@ -262,13 +262,14 @@ def planned(out):
 
 
 def table(out):
-    """One row per run: state, iteration, AP, iterations per second, time left; last errors below.
+    """One row per run, the running ones first: state, iteration, AP, speed, time left; last errors below.
 
     Returns:
         tuple[rich.console.Group, bool]: to print, and whether all runs are finished.
     """
     nodes, jobs = planned(out), queue() or {}
-    rows = {node.id: progress(out, node, jobs) for node in nodes}
+    looks = [(node.id, progress(out, node, jobs)) for node in nodes]
+    rows = dict(sorted(looks, key=lambda look: [*State].index(look[1].state)))
     finished = sum(row.state is State.FINISHED for row in rows.values())
     title = f"{finished} of {len(rows)} finished, {time.strftime('%H:%M:%S')}"
     made = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
