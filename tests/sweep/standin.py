@@ -13,9 +13,8 @@ import time
 
 def node(id, parents=(), kind="train", identity=None, options=(), **kwargs):
     """A node of a plan. Its identity is its own id unless another is given."""
-    from rethink_d2.sweep.plan import Node
-
     from rethink_d2 import paper
+    from rethink_d2.sweep.plan import Node
 
     values = {
         "config_file": "",
