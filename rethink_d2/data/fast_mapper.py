@@ -92,23 +92,23 @@ class FastMapper(CountingMapper):
 
     def _can_be_batched(self, annotations, transforms):
         """Whether the transforms treat every point alone, and the objects are alike."""
+        flipped = self.keypoint_hflip_indices
 
         def alike(annotation):
             return (
                 annotation["bbox_mode"] == annotations[0]["bbox_mode"]
                 and annotation["bbox_mode"] in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
                 and (not self.use_instance_mask or isinstance(annotation.get("segmentation"), list))
-                and (
-                    not self.use_keypoint
-                    or len(annotation.get("keypoints", ())) == 3 * len(self.keypoint_hflip_indices)
-                )
+                and (not self.use_keypoint or len(annotation.get("keypoints", ())) == 3 * len(flipped))
             )
 
         pointwise = all(
             type(t).apply_polygons is Transform.apply_polygons and type(t).apply_box is Transform.apply_box
             for t in transforms
         )
-        return pointwise and not self.recompute_boxes and all(map(alike, annotations))
+        if self.recompute_boxes or (self.use_keypoint and flipped is None):
+            return False
+        return pointwise and all(map(alike, annotations))
 
     def _transform_batched(self, annotations, transforms, image_shape):
         """What ``detection_utils.transform_instance_annotations`` does, for all objects at once, in place."""
@@ -212,12 +212,13 @@ class _PlanarInput(T.AugInput):
 
     def transform(self, tfm):
         image = self.image
-        if image.dtype == np.uint8 and type(tfm) is T.ResizeTransform and tfm.interp == Image.BILINEAR:
+        kind = type(tfm) if image.dtype == np.uint8 else None
+        if kind is T.ResizeTransform and tfm.interp == Image.BILINEAR:
             self.image = _resize(image.transpose(2, 0, 1), tfm.new_h, tfm.new_w).transpose(1, 2, 0)
-        elif image.strides[1] == 1 and type(tfm) in (HFlipTransform, VFlipTransform):
+        elif kind in (HFlipTransform, VFlipTransform) and image.strides[1] == 1:
             for channel in range(image.shape[2]):
                 plane = image[:, :, channel]
-                cv2.flip(plane, int(type(tfm) is HFlipTransform), dst=plane)
+                cv2.flip(plane, int(kind is HFlipTransform), dst=plane)
         else:
             self.image = tfm.apply_image(image)
 
@@ -245,6 +246,8 @@ def _read(path, image_format):
         with Image.open(io.BytesIO(data)) as header:
             greyscale = header.mode in ("1", "L", "LA")
             usual = header.format == "JPEG" and header.mode in ("L", "RGB") and _is_upright(header)
+            # OpenCV 4 takes a file that was cut short for a whole one: it has no end-of-image marker.
+            usual = usual and data.endswith(b"\xff\xd9")
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if usual else None
         if image is None:

@@ -366,9 +366,17 @@ def test_any_augmentations_do_as_in_detectron2(colour_record, augmentations, pix
 
 def test_boxes_are_recomputed_as_by_detectron2(colour_record):
     fields = {"augmentations": [T.ResizeShortestEdge(60)], "image_format": "BGR", "use_instance_mask": True}
-    pair = [kind(True, **fields, recompute_boxes=True) for kind in (FastMapper, CountingMapper)]
+    fields["recompute_boxes"] = True
+    pair = FastMapper(True, **fields), CountingMapper(True, **fields)
     loose = thing(bbox=[0.0, 0.0, WIDTH, HEIGHT])
     assert_same(*both(pair, {**colour_record, "annotations": [loose]}), pixels=2)
+
+
+def test_keypoints_need_no_flip_indices_where_nothing_flips(colour_record):
+    fields = {"augmentations": [T.ResizeShortestEdge(60)], "image_format": "BGR", "use_keypoint": True}
+    pair = FastMapper(True, **fields), CountingMapper(True, **fields)
+    record = {**colour_record, "annotations": [thing(keypoints=[3.0] * 51)]}
+    assert_same(*both(pair, record), pixels=2)
 
 
 def test_chosen_by_config():

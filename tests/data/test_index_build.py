@@ -51,7 +51,7 @@ annotations = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(annotations, st.sampled_from([None, 1]), st.integers(0, 4))
 def test_records_and_filters_of_any_file_are_detectron2_s(tmp_path, given, indent, minimum):
     heights = enumerate([50, 30, 50, 30], 1)
@@ -93,7 +93,7 @@ elements = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(elements, st.integers(1, 60), st.sampled_from([None, 2]))
 def test_pieces_of_any_size_hold_everything_once(values, size, indent):
     text = json.dumps(values, indent=indent).encode()

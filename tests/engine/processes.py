@@ -56,6 +56,7 @@ class Process:
         with open(path, "w") as out:
             self._popen = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
         self._file, self._text = open(path), ""
+        self._sessions = {self._popen.pid}
 
     def __enter__(self):
         return self
@@ -68,11 +69,23 @@ class Process:
         self._file.close()
 
     def alive(self):
-        """Ids of the processes that it consists of: its own, those it launched, loader workers."""
+        """Ids of the processes that it consists of: its own, those it launched, loader workers.
+
+        torchrun's processes are found only if this is called while torchrun runs.
+        """
         found = []
         for entry in Path("/proc").iterdir():
-            with suppress(OSError):  # other users', or just ended
-                if entry.name.isdigit() and self._tag in (entry / "environ").read_bytes().split(b"\0"):
+            with suppress(OSError):  # just ended
+                if not entry.name.isdigit():
+                    continue
+                # What comes after the name. Only few are looked at closer, which may wait for the process.
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                parent, session = int(stat[1]), int(stat[3])
+                if session not in self._sessions and parent != self._popen.pid:
+                    continue
+                # Numbers are used again, so they alone prove nothing; an ended one has no environment.
+                if self._tag in (entry / "environ").read_bytes().split(b"\0"):
+                    self._sessions.add(session)
                     found.append(int(entry.name))
         return found
 
@@ -128,7 +141,10 @@ class Process:
         return self.output.count("Start inference on") > self.output.count("Total inference time")
 
     def signal(self, number, group=False):
-        (os.killpg if group else os.kill)(self._popen.pid, number)
+        if group and self.running():
+            os.killpg(self._popen.pid, number)
+        else:
+            self._popen.send_signal(number)
 
     def end(self, timeout=120):
         """Wait for its end; returns the exit code."""

@@ -185,6 +185,7 @@ def test_none_outlives_a_kill_while_processes_start(glyph_cache, tmp_path):
 def test_torchrun(unbroken_two, tmp_path):
     with Process(tmp_path / "run", "--resume", *TWO, prefix=TORCHRUN) as run:
         run.until_checkpoint()
+        assert len(run.alive()) == 3
         run.signal(signal.SIGTERM)
         assert run.end() != 0
         assert not run.orphans()
@@ -222,7 +223,7 @@ def test_of_two_that_start_together_one_trains(glyph_cache, tmp_path):
 def test_a_branch_by_the_command_line(unbroken, tmp_path):
     args = [*MINI, "SOLVER.SCHEDULE", "30", "DATALOADER.NUM_WORKERS", "1"]
     finish(tmp_path / "alone", *args)
-    output = finish(tmp_path / "branch", *args, "--branch-from", unbroken)
+    output = finish(tmp_path / "branch", "--branch-from", unbroken, *args)
     assert "Starting training from iteration 20" in output
     assert_same_run(tmp_path / "branch", tmp_path / "alone")
     parent = record(tmp_path / "branch")["parent"]
