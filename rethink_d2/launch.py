@@ -3,13 +3,14 @@
 import contextlib
 import logging
 import os
+import threading
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
-from .preemption import forward_to_children
+from .preemption import end_if_orphaned, forward_to_children
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def launch(main, args):
         several = args.num_gpus * args.num_machines > 1
         with forward_to_children() if several else contextlib.nullcontext():
             detectron2_launch(
-                main,
+                _Launched(main) if several else main,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
@@ -54,6 +55,30 @@ def launch(main, args):
         main(args)
     finally:
         dist.destroy_process_group()
+
+
+class _Launched:
+    """The main function of a launched process, which ends with the launching one from its arrival there on.
+
+    PyTorch sees to that once this process has imported everything; in the meantime it would wait for others
+    that never come.
+    """
+
+    def __init__(self, main):
+        self._main = main
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _joined=threading.Event())
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while not self._joined.wait(1):
+            end_if_orphaned()
+
+    def __call__(self, args):
+        self._joined.set()
+        end_if_orphaned()
+        return self._main(args)
 
 
 def fall_back_to_cpu(cfg):

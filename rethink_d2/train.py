@@ -23,7 +23,7 @@ from .files import read_json
 from .launch import fall_back_to_cpu, launch, share_cores, under_torchrun, world_size
 from .modeling.inspection import build_meta
 from .modeling.safe_weights import SafeCheckpointer
-from .preemption import EXIT_CODE, Preempted, Preemption, end_if_orphaned
+from .preemption import EXIT_CODE, Preempted, Preemption
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,6 @@ def dry_run(cfg, args):
 
 def main(args):
     """One process of a run: train, or evaluate with ``--eval-only``."""
-    end_if_orphaned()
     share_cores()
     cfg = prepare(args)
     default_setup(cfg, args)

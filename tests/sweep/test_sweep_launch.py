@@ -159,7 +159,7 @@ def test_sigterm_preempts_and_the_next_sweep_goes_on(tmp_path):
             )
         )
         first.terminate()
-        first.join(10)
+        first.join(60)
         assert first.exitcode == 75
     assert node_state(tmp_path, nodes[0]) is State.PREEMPTED
     assert node_state(tmp_path, nodes[1]) is State.WAITING
@@ -185,7 +185,7 @@ def test_a_second_interrupt_kills(tmp_path):
     process.join(0.3)
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
-    process.join(10)
+    process.join(60)
     assert process.exitcode == 0
     assert not held(tmp_path / "a/seed1/.claim")
 
@@ -270,9 +270,9 @@ def test_stop_preempts_one_run_until_a_later_sweep(tmp_path):
     a, b, c = ids("abc")
     nodes = [node(a, options=SLOW), node(b, [a]), node(c)]
     with sweeping(tmp_path, nodes, parallel=2) as process:
-        until(lambda: starts(tmp_path, a) and (tmp_path / a / "run.json").exists())
+        until(lambda: all((tmp_path / a / name).exists() for name in ("run.json", "launch.json")))
         assert "asked to stop" in stop(str(tmp_path), a)
-        process.join(10)
+        process.join(60)
         assert process.exitcode == 75
     assert node_state(tmp_path, nodes[0]) is State.PREEMPTED
     assert node_state(tmp_path, nodes[2]) is State.FINISHED
@@ -282,13 +282,13 @@ def test_stop_preempts_one_run_until_a_later_sweep(tmp_path):
 def test_stop_reaches_a_run_that_the_waiting_sweep_did_not_start(tmp_path):
     nodes = [node("a/seed1", options=SLOW)]
     with sweeping(tmp_path, nodes) as first:
-        until((tmp_path / "a/seed1/run.json").exists)
+        until(lambda: all((tmp_path / "a/seed1" / name).exists() for name in ("run.json", "launch.json")))
         first.kill()
         first.join()
         with sweeping(tmp_path, nodes) as second:
             second.join(0.3)
             stop(str(tmp_path), "a/seed1")
-            second.join(10)
+            second.join(60)
             assert second.exitcode == 75
         assert len(starts(tmp_path, "a/seed1")) == 1
 
