@@ -137,7 +137,7 @@ def train(cfg, args, start, preemption):
         logger.info("Stopped as asked; --resume goes on from here")
         return
     except BaseException as e:
-        record.write("failed", f"{type(e).__name__}: {e}")
+        record.fail(e)
         if isinstance(e, torch.OutOfMemoryError):
             logger.error(MEMORY_ADVICE)
         raise

@@ -19,7 +19,7 @@ PACKAGES = ("rethink_d2", "torch", "torchvision", "detectron2", "sal-detectron2"
 
 
 class RunRecord:
-    """Keeps ``run.json`` of one run folder true. Only the main process writes.
+    """Keeps ``run.json`` of one run folder true. Every process has one; only the main process's writes.
 
     Args:
         folder (str): the run folder.
@@ -55,12 +55,23 @@ class RunRecord:
         }
         self.write("running")
 
-    def write(self, state, error=None):
-        """Set the state (``running``, ``preempted``, ``failed``, ``done``) and the last error."""
+    def write(self, state):
+        """Set the state: ``running``, ``preempted`` or ``done``."""
+        if comm.is_main_process():
+            self._write(state)
+
+    def fail(self, error):
+        """Set the state ``failed`` and the last error, on whichever process.
+
+        The first error counts: the others fail because that process is gone, and know no more.
+        """
+        if read_json(self.path, {}).get("state") != "failed":
+            self._write("failed", f"{type(error).__name__}: {error}")
+
+    def _write(self, state, error=None):
         seconds = self._seconds_before + time.monotonic() - self._clock
         self.value.update(state=state, last_error=error, seconds=round(seconds, 1))
-        if comm.is_main_process():
-            write_json(self.path, self.value)
+        write_json(self.path, self.value)
 
 
 def append_result(folder, iteration, dataset, metrics):

@@ -1,5 +1,9 @@
 import json
 
+import torch.distributed as dist
+from detectron2.utils import comm
+from gloo import on_processes
+
 from rethink_d2.engine.record import RunRecord, append_result
 
 
@@ -18,9 +22,29 @@ def test_a_second_start_keeps_when_the_run_began_and_adds_its_time(tmp_path):
     first = RunRecord(str(tmp_path), **made)
     first.value["started"] = "2000-01-01T00:00:00Z"
     first._seconds_before = 100.0
-    first.write("failed", "ValueError: x")
+    first.fail(ValueError("x"))
+    assert json.loads((tmp_path / "run.json").read_text())["last_error"] == "ValueError: x"
     again = RunRecord(str(tmp_path), **made)
     again.write("done")
     value = json.loads((tmp_path / "run.json").read_text())
     assert value["started"].startswith("2000") and value["seconds"] >= 100
     assert value["state"] == "done" and value["last_error"] is None
+
+
+def failing_one_after_the_other(folder, first):
+    record = RunRecord(folder, run_id="r", identity="i", seed=1)
+    dist.barrier()
+    if comm.get_rank() == first:
+        record.fail(ValueError(f"an image that process {first} cannot read"))
+    dist.barrier()
+    if comm.get_rank() != first:
+        record.fail(RuntimeError("Connection closed by peer"))
+
+
+def test_the_error_of_the_process_that_failed_first_is_kept(tmp_path):
+    for first in range(2):
+        folder = tmp_path / str(first)
+        on_processes(folder / "processes", 2, failing_one_after_the_other, str(folder), first)
+        value = json.loads((folder / "run.json").read_text())
+        assert value["state"] == "failed"
+        assert value["last_error"] == f"ValueError: an image that process {first} cannot read"
