@@ -11,7 +11,11 @@ setup(
     # configs/ stays at the top of the checkout, as in Detectron2, and ships inside the package.
     packages=find_packages(include=["rethink_d2", "rethink_d2.*"]) + ["rethink_d2.configs"],
     package_dir={"rethink_d2.configs": "configs"},
-    package_data={"rethink_d2.configs": ["**/*.yaml"], "rethink_d2.paper": ["*.csv"]},
+    package_data={
+        "rethink_d2.configs": ["**/*.yaml"],
+        "rethink_d2.paper": ["*.csv"],
+        "rethink_d2.report": ["*.html", "*.j2", "*.css", "*.js"],
+    },
     # Without detectron2: PyPI has no official package of it, so pip could not resolve it.
     install_requires=[
         "torch",
@@ -34,8 +38,14 @@ setup(
         "submitit",
         "optuna",
         "PyYAML",
+        "plotly",
+        "Jinja2",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mean-average-precision", "pandas"]
+        "wandb": ["wandb"],
+        "test": [
+            *("pytest", "pytest-timeout", "hypothesis", "ruff"),
+            *("mean-average-precision", "pandas", "playwright"),
+        ],
     },
 )

@@ -30,8 +30,9 @@ def add_rethink_config(cfg):
     # on a CPU, which has no need to scale the loss.
     cfg.SOLVER.AMP.DTYPE = ""
     # Faster steps (engine/acceleration.py), the result the same within float tolerance: tensors with
-    # channels last; SGD "foreach" or "fused".
-    cfg.SOLVER.ACCELERATE = CN({"CHANNELS_LAST": False, "SGD": ""})
+    # channels last; SGD "foreach" or "fused"; RoIAlign on all cores of a CPU; backbone and FPN compiled, for
+    # which images are padded to multiples of 128 pixels (so group norm's statistics change a little).
+    cfg.SOLVER.ACCELERATE = CN({"CHANNELS_LAST": False, "SGD": "", "ROI_ALIGN": False, "COMPILE": False})
     # For a phase of another model that starts from a run's checkpoint (engine/start.py): how long that run
     # has trained, as a length like SOLVER.SCHEDULE ("6x"); "" for a run of its own.
     cfg.SOLVER.CASCADE_FROM = ""
@@ -46,6 +47,9 @@ def add_rethink_config(cfg):
     cfg.SOLVER.CHECKPOINT_REQUIRED = True
     # How many updates whose loss or gradient is not finite may be left out before the run is stopped.
     cfg.SOLVER.SKIP_NONFINITE = 0
+
+    # Where scalars go beside metrics.json (engine/writers.py): "tensorboard", "wandb" (Weights & Biases).
+    cfg.LOG = CN({"WRITERS": ("tensorboard",)})
 
     # A missing or corrupt image: "stop", or "skip" to take another image in its place and count.
     cfg.DATALOADER.ON_BAD_IMAGE = "stop"
@@ -68,7 +72,9 @@ def add_rethink_config(cfg):
     # the last stage (the paper's reading), False on the first stage's proposals (Detectron2's way).
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.MASK_ON_LAST_STAGE = True
 
-    # Test-time augmentation (modeling/tta.py): views per forward pass, and the IoU from which on boxes
-    # vote on the place of a kept one (0 for no voting).
+    # Test-time augmentation (modeling/tta.py): views per forward pass; the IoU from which on boxes vote on
+    # the place of a kept one (0 for no voting); and whether each view goes through NMS on its own before the
+    # boxes are united, as in Detectron2, instead of after, as in Detectron.
     cfg.TEST.AUG.IMS_PER_BATCH = 1
     cfg.TEST.AUG.BOX_VOTE_THRESH = 0.9
+    cfg.TEST.AUG.NMS_PER_VIEW = False

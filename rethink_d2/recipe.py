@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checks import Problem, check, nearest
 from .config import add_rethink_config
+from .data.index import dataset_digest
 from .solver.schedule import parse
 
 __all__ = [
@@ -45,6 +46,7 @@ FREE = frozenset(
         "VERSION",
         "OUTPUT_DIR",
         "VIS_PERIOD",
+        "LOG.WRITERS",
         "MODEL.DEVICE",
         "DATALOADER.NUM_WORKERS",
         "SOLVER.CHECKPOINT_PERIOD",
@@ -327,12 +329,16 @@ def settings(cfg):
 
     Returns:
         dict[str, object]: value by dotted key, without those in :data:`FREE`, as JSON has it. Local weights
-        enter by their content, so that moving the file is no change.
+        enter by their content, so that moving the file is no change; data sets by name and, where
+        data/index.py serves them, content.
     """
     leaves = {key: value for key, value in flatten(cfg).items() if classify(key) != "free"}
     digest = _digest(cfg.MODEL.WEIGHTS)
     if digest is not None:
         leaves["MODEL.WEIGHTS"] = f"sha256:{digest}"
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        digests = [(name, dataset_digest(name)) for name in leaves[key]]
+        leaves[key] = [f"{name}@sha256:{found}" if found else name for name, found in digests]
     return json.loads(json.dumps(leaves))
 
 

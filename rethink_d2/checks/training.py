@@ -1,5 +1,6 @@
 """Rules about the training: schedule, rate, batch, data, disk."""
 
+import importlib.util
 import os
 import shutil
 from operator import attrgetter
@@ -20,6 +21,8 @@ CHOICES = {
     "SOLVER.AMP.DTYPE": (["", "float16", "bfloat16"], ""),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": (["value", "norm", "full_model"], ""),
 }
+# engine/writers.py builds these.
+WRITERS = ["tensorboard", "wandb"]
 
 
 def _schedule(s):
@@ -76,6 +79,18 @@ def _choices(s):
     for key, (values, why) in CHOICES.items():
         if (value := attrgetter(key)(s.cfg)) not in values:
             yield Problem(key, f"{value!r} is not one of {values}{why}{nearest(value, values)}", "correct it")
+
+
+def _writers(s):
+    writers, key = s.cfg.LOG.WRITERS, "LOG.WRITERS"
+    for name in writers:
+        if name not in WRITERS:
+            yield Problem(key, f"{name!r} is not one of {WRITERS}{nearest(str(name), WRITERS)}", "correct it")
+    if "wandb" in writers and importlib.util.find_spec("wandb") is None:
+        yield Problem(key, "the package wandb is not installed", "pip install wandb, or leave it out")
+    if s.cfg.VIS_PERIOD > 0 and "tensorboard" not in writers:
+        what = "Detectron2's pictures every VIS_PERIOD iterations would pile up in memory"
+        yield Problem(key, f"{what} without tensorboard, which takes them", "add it, or set VIS_PERIOD 0")
 
 
 def _classification(s):
@@ -160,4 +175,4 @@ def _data_set(s, key, name):
         )
 
 
-RULES = (_schedule, _rate, _batch, _choices, _classification, _data_sets, _disk)
+RULES = (_schedule, _rate, _batch, _choices, _writers, _classification, _data_sets, _disk)

@@ -10,6 +10,7 @@ their subsets (data/subsets.py). Others are loaded as their own functions do.
 """
 
 import copy
+import functools
 import hashlib
 import inspect
 import itertools
@@ -244,7 +245,9 @@ def load(name):
 def dataset_digest(name):
     """SHA-256 of a data set's annotation file, for telling whether two data sets are the same.
 
-    It is part of the index, so that it costs nothing once there is one; otherwise the file is read.
+    It is part of the index, so that it costs nothing once there is one; otherwise the file is read, once in a
+    process as long as its size and time stay. A subset, which follows from its name and its sources, has
+    theirs.
 
     Args:
         name (str): a data set.
@@ -253,13 +256,18 @@ def dataset_digest(name):
         str or None: hexadecimal digits; None for data sets that this module does not serve, and where the
         file, or what a subset is made from, is not there.
     """
-    try:
-        json_file = _source(name)[0]
-    except ValueError:
-        return None
+    if subset := name in DatasetCatalog.list() and MetadataCatalog.get(name).get("subset"):
+        found = [dataset_digest(source) for source in subset.reads]
+        return None if None in found else hashlib.sha256("".join(found).encode()).hexdigest()
+    json_file = _source(name)[0]
     if json_file is None or not os.path.isfile(json_file):
         return None
-    if records := _opened(_index_path(json_file)):
+    return _digest(json_file, _index_path(json_file))
+
+
+@functools.lru_cache
+def _digest(json_file, index_path):
+    if records := _opened(index_path):
         return records.digest
     with open(json_file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

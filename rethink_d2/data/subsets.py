@@ -5,7 +5,7 @@ neither the file's order nor a library's random numbers matter, and draws of one
 with keypoints, only the images with a labelled person (``num_keypoints`` above 0, no crowd) are ranked.
 
 Importing this module registers these names for the sources ``coco_2017_train`` and
-``keypoints_coco_2017_train``; it reads no file.
+``keypoints_coco_2017_train``, and some of built-in data; it reads no file.
 
 =========================  ==================================================================================
 ``<source>_35k``           val35k, exactly: the images of val2014 that are in train2017 (paper, section 5.2);
@@ -16,6 +16,9 @@ Importing this module registers these names for the sources ``coco_2017_train`` 
 ``<source>_1k``
 ``<draw>_seed1``..``9``    other draws of the same sizes; the seed of the names above is 0
 =========================  ==================================================================================
+
+``glyphs_train_35k``, ``_10k``, ``_3.5k`` and ``_1k`` are draws of 600, 169, 59 and 17 of the 2,000 pictures
+of ``glyphs_train``, their share of COCO's.
 
 ``python -m rethink_d2.data.subsets coco_2017_train_1k --ids`` prints which images they are.
 """
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "subset://"
 VAL35K = 35_504
 DRAWS = {"35k_sampled": VAL35K, "10k": 10_000, "3.5k": 3_500, "1k": 1_000}
+TRAIN2017 = 118_287
 
 
 @dataclass(frozen=True)
@@ -300,6 +304,13 @@ def _register_coco():
                 register_subset(f"{source}_{short}{suffix}", source, size, seed)
 
 
+def _register_glyphs():
+    images = MetadataCatalog.get("glyphs_train").num_images
+    for short, size in DRAWS.items():
+        name = f"glyphs_train_{short.removesuffix('_sampled')}"
+        register_subset(name, "glyphs_train", round(size / TRAIN2017 * images))
+
+
 def cli(argv=None):
     """The command line.
 
@@ -331,5 +342,6 @@ if __name__ == "__main__":
 else:
     PathManager.register_handler(SubsetHandler())
     _register_coco()
+    _register_glyphs()
     # Of `python -m`, about that second time.
     warnings.filterwarnings("ignore", f"'{__name__}' found in sys.modules", RuntimeWarning)

@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage, TensorboardXWriter
+from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,6 +37,7 @@ from .hooks import Checkpoints, PreciseBN, ProgressPrinter
 from .optimizer_state import load_optimizer_state, optimizer_state
 from .record import append_result
 from .start import Start
+from .writers import build_writers, close_early
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Trainer(TrainerBase):
         self._batches = None
         self._load()
         self._results_before = ()
-        self._store = None
+        self._store, self._writers = None, []
         if comm.is_main_process():
             source = os.path.dirname(self._start.path) if self._start.parent else None
             cut_back(cfg.OUTPUT_DIR, self._start.iteration, source)
@@ -239,6 +240,10 @@ class Trainer(TrainerBase):
             except Preempted:
                 if self._store and not self._store.holds(min(self.iter, self.max_iter - 1)):
                     self.save_checkpoint()
+                close_early(self._writers, "preempted")
+                raise
+            except BaseException:
+                close_early(self._writers, "failed")
                 raise
             finally:
                 self._batches = None  # ends the loader's workers
@@ -376,10 +381,10 @@ class Trainer(TrainerBase):
         built.append(Checkpoints(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.BRANCH_POINTS))
         built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
         if comm.is_main_process():
-            writers = [
+            self._writers = [
                 ProgressPrinter(cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, len(self.records)),
                 MetricsWriter(os.path.join(cfg.OUTPUT_DIR, "metrics.json")),
-                TensorboardXWriter(cfg.OUTPUT_DIR, purge_step=self.start_iter),
+                *build_writers(cfg, self.start_iter, self._start.parent),
             ]
-            built.append(hooks.PeriodicWriter(writers, period=20))
+            built.append(hooks.PeriodicWriter(self._writers, period=20))
         return built

@@ -7,17 +7,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
-from detectron2.modeling import build_model, detector_postprocess
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model, detector_postprocess
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.modeling.test_time_augmentation import DatasetMapperTTA
 from detectron2.structures import Boxes, Instances
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from rethink_d2 import model_zoo, recipe
-from rethink_d2.modeling import _box_voting, initialize
-from rethink_d2.modeling._box_voting import box_voting
+from rethink_d2.modeling import initialize
 from rethink_d2.modeling.tta import RCNNWithTTA
 
 KEYPOINTS = "glyphs_keypoints_tiny_val"
@@ -175,6 +172,24 @@ def test_masks_and_heatmaps_are_means_over_the_views(models):
     assert (pasted != found.pred_masks).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["mask", "faster", "cascade"])
+def test_with_nms_per_view_it_detects_what_detectron2_does(models, kind):
+    views = ["TEST.AUG.MAX_SIZE", "150", "INPUT.MAX_SIZE_TEST", "150", "TEST.AUG.FLIP", "True"]
+    ours = config(kind, *views, "INPUT.MIN_SIZE_TEST", "64", "TEST.AUG.MIN_SIZES", "(80, 110)")
+    ours.TEST.AUG.NMS_PER_VIEW = True
+    theirs = config(kind, *views, "TEST.AUG.MIN_SIZES", "(64, 80, 110)")
+    sample = {"image": picture(5), "height": SIZE[0], "width": SIZE[1]}
+    # Two views share a pass, an image and its mirror image, so that none is padded to another's size.
+    stock = GeneralizedRCNNWithTTA(theirs, models(kind), batch_size=2).eval()
+    with torch.no_grad():
+        (expected,) = stock([sample])
+    (found,) = RCNNWithTTA(ours, models(kind)).eval()([sample])
+    assert_same(found["instances"], expected["instances"], [], atol=1e-4)
+    if kind != "faster":
+        masks = [x["instances"].pred_masks for x in (found, expected)]
+        assert (masks[0] != masks[1]).float().mean() < 1e-3
+
+
 class ScriptedPredictor(FastRCNNOutputLayers):
     """Gives the boxes that it gets, with the scores that a test sets; one image at a time."""
 
@@ -210,16 +225,19 @@ def plain_model():
     return build_model(config("faster")).eval()
 
 
-def test_views_are_united_before_nms(plain_model):
-    """By NMS view by view, the first box would remove the second before the third removes the first."""
-    cfg = config("faster", "TEST.AUG.FLIP", "True")
+@pytest.mark.parametrize("per_view", [False, True])
+def test_views_are_united_before_nms_or_after(plain_model, per_view):
+    """By NMS view by view, the first box removes the second before the third removes the first."""
+    cfg = config("faster", "TEST.AUG.FLIP", "True", "TEST.AUG.NMS_PER_VIEW", str(per_view))
     first, second, third = (10, 10, 50, 50), (18, 10, 58, 50), (2, 10, 42, 50)  # IoU 2 / 3 of neighbours
     mirrored_third = (101 - 42, 10, 101 - 2, 50)
     views = [[(first, 1, 0.8), (second, 1, 0.7), (second, 2, 0.3)], [(mirrored_third, 1, 0.9)]]
     (found,) = detect(scripted(cfg, plain_model, views), picture())
-    assert [tuple(b) for b in found.pred_boxes.tensor.round().tolist()] == [third, second, second]
-    assert found.pred_classes.tolist() == [1, 1, 2]
-    torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.7, 0.3]), rtol=0, atol=1e-4)
+    expected = [(third, 1, 0.9), (second, 1, 0.7), (second, 2, 0.3)]
+    boxes, classes, scores = zip(*(expected[::2] if per_view else expected), strict=True)
+    assert tuple(map(tuple, found.pred_boxes.tensor.round().tolist())) == boxes
+    assert tuple(found.pred_classes.tolist()) == classes
+    torch.testing.assert_close(found.scores, torch.tensor(scores), rtol=0, atol=1e-4)
 
 
 def test_boxes_of_all_views_vote_but_none_below_the_threshold(plain_model):
@@ -234,55 +252,6 @@ def test_boxes_of_all_views_vote_but_none_below_the_threshold(plain_model):
     expected = torch.tensor([[10.0, 10, 51, 50.5], [10, 10, 54, 50]])
     torch.testing.assert_close(found.pred_boxes.tensor, expected, rtol=0, atol=1e-3)
     torch.testing.assert_close(found.scores, torch.tensor([0.8, 0.4]), rtol=0, atol=1e-4)
-
-
-coordinate = st.integers(0, 12)
-one_box = st.tuples(coordinate, coordinate, coordinate, coordinate).map(
-    lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
-)
-detection = st.tuples(one_box, st.integers(0, 2), st.floats(0.05, 1))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(detection, max_size=12), st.data(), st.sampled_from([0.1, 0.5, 0.9, 1.0]))
-def test_box_voting_against_a_loop(detections, data, threshold):
-    keep = data.draw(st.lists(st.sampled_from(range(len(detections))), unique=True)) if detections else []
-    expected = []
-    for k in keep:
-        (x0, y0, x1, y1), label, _ = detections[k]
-        total, mean = 0, np.zeros(4)
-        for (u0, v0, u1, v1), other, score in detections:
-            both = max(min(x1, u1) - max(x0, u0), 0) * max(min(y1, v1) - max(y0, v0), 0)
-            either = (x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - both
-            # In float32, as the overlap there decides.
-            if other == label and both > 0 and np.float32(both) / np.float32(either) >= np.float32(threshold):
-                total, mean = total + score, mean + score * np.array([u0, v0, u1, v1])
-        expected.append(mean / total if total else np.array(detections[k][0], float))
-    boxes = torch.tensor([d[0] for d in detections], dtype=torch.float32).reshape(-1, 4)
-    scores = torch.tensor([d[2] for d in detections], dtype=torch.float32)
-    classes = torch.tensor([d[1] for d in detections], dtype=torch.int64)
-    voted = box_voting(boxes, scores, classes, torch.tensor(keep, dtype=torch.int64), threshold)
-    reference = torch.tensor(np.array(expected), dtype=torch.float32).reshape(-1, 4)
-    torch.testing.assert_close(voted, reference, rtol=0, atol=1e-4)
-
-
-def test_box_voting_in_pieces(monkeypatch):
-    torch.manual_seed(0)
-    boxes = torch.rand(60, 4) * torch.tensor([5, 5, 5, 5]) + torch.tensor([0, 0, 20, 20])
-    arguments = boxes, torch.rand(60), torch.randint(2, (60,)), torch.arange(0, 60, 2), 0.7
-    whole = box_voting(*arguments)
-    monkeypatch.setattr(_box_voting, "_MAX_PAIRS", 60 * 7)
-    torch.testing.assert_close(box_voting(*arguments), whole)
-    assert (whole - boxes[::2]).abs().max() > 0.1
-
-
-def test_mixed_precision_does_not_round_votes():
-    torch.manual_seed(0)
-    boxes = 1500 + 100 * torch.rand(30, 1) + torch.tensor([0, 0, 20, 20]) + torch.rand(30, 4)
-    arguments = boxes, torch.rand(30), torch.zeros(30), torch.arange(30), 0.7
-    expected = box_voting(*arguments)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(box_voting(*arguments), expected)
 
 
 def state(model):
@@ -342,8 +311,8 @@ def test_batches_are_bounded_and_do_not_change_the_result(models):
     for hook in hooks:
         hook.remove()
     batches, regions, decoded = counts
-    # Twice: for the boxes, then for masks and keypoints. Sizes are never mixed.
-    assert batches == 2 * (8 * [1]) + 2 * [2, 3, 1, 2]
+    # Once, for boxes, masks and keypoints. Sizes are never mixed.
+    assert batches == 8 * [1] + [2, 3, 1, 2]
     # Masks of the final 20 boxes only; keypoints are decoded once, not by the head for each view.
     assert regions == 8 * [20] + [40, 60, 20, 40]
     assert decoded == []
