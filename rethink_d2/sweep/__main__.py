@@ -36,6 +36,7 @@ def argument_parser():
     part.add_argument("--seeds", metavar="N", type=int, default=1, help="every run with seeds 1 to N")
     part.add_argument("--optional", action="store_true", help="also searches and other readings of the paper")
     part.add_argument("--mini", action="store_true", help="all in miniature, on built-in data")
+    part.add_argument("--one-x", metavar="N", type=int, help="of --mini: 1x, in iterations of 16 images")
     part.add_argument("--out", metavar="FOLDER", default="output", help="of the run folders (%(default)s)")
     part.add_argument("--num-gpus", metavar="N", type=int, default=1, help="per run; on Slurm, per machine")
     part.add_argument("--measured", action="store_true", help="costs from the finished runs")
@@ -78,6 +79,7 @@ def make_plan(args, processes):
         "seeds": args.seeds,
         "optional": args.optional,
         "mini": args.mini,
+        "one_x": args.one_x,
         "num_gpus": processes,
         "options": args.opts,
     }

@@ -3,9 +3,6 @@
 What makes models and images small is configs/mini/Base-Mask-RCNN-FPN-mini.yaml, and for pre-training
 configs/mini/imagenet_R_18_FPN_gn.yaml on top; here are the rules for what these two do not know. A family
 keeps what sets it apart: depth, groups, norm, heads, scale augmentation, cascade, little data, length.
-
-Importing this module registers the paper's small sets in miniature: ``glyphs_train_35k``, ``_10k``, ``_3.5k``
-and ``_1k`` have 600, 169, 59 and 17 of the 2,000 images of ``glyphs_train``, their share of COCO's.
 """
 
 import dataclasses
@@ -13,11 +10,10 @@ import functools
 import math
 
 import yaml
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 from .. import model_zoo, paper, recipe
 from ..data.glyphs import KEYPOINT_NAMES, KEYPOINT_OKS_SIGMAS
-from ..data.subsets import DRAWS, VAL35K, register_subset
 from ..paper import Run
 from ..solver.schedule import ONE_X, REFERENCE_BATCH, parse
 
@@ -35,26 +31,23 @@ WARMUP_ITERS = 5
 # The others keep their rates, also for 8 images. A network without normalization diverges at 0.02 and 0.01.
 VGG_RATE = 0.002
 DEPTHS = {50: 18, 101: 34, 152: 50}
-TRAIN2017 = 118_287
-
-SIZES = {"35k": VAL35K, "10k": DRAWS["10k"], "3.5k": DRAWS["3.5k"], "1k": DRAWS["1k"]}
-for _name, _size in SIZES.items():
-    _images = MetadataCatalog.get("glyphs_train").num_images
-    register_subset(f"glyphs_train_{_name}", "glyphs_train", round(_size / TRAIN2017 * _images))
 
 
-def mini_options(run: Run) -> list[str]:
+def mini_options(run: Run, one_x: int = MINI_ONE_X) -> list[str]:
     """The overrides that make a run's config its miniature.
 
     Args:
         run: any with a config, or what :func:`pretraining` returns.
+        one_x: iterations of 16 images that 1x means. Beyond MINI_ONE_X, where comparing arms begins to mean
+            something, all 400 held-out images are evaluated every 2/3x: at the drops and ends of 2x, 4x and
+            6x. Pre-training has one length.
 
     Returns:
         alternating keys and values, as on the command line. MODEL.WEIGHTS is not among them.
     """
     cfg = _config(run.config)
     options = {**_own(BASE), **_network(cfg)}
-    options |= _pretraining(cfg) if run.kind == "pretrain" else _detection(cfg)
+    options |= _pretraining(cfg) if run.kind == "pretrain" else _detection(cfg, one_x)
     return [text for key, value in options.items() for text in (key, str(value))]
 
 
@@ -121,10 +114,11 @@ def _pretraining(cfg):
     return options
 
 
-def _detection(cfg):
+def _detection(cfg, one_x):
     own = _own(BASE)
-    batch = own["SOLVER.IMS_PER_BATCH"]
-    one_x = parse("1x", batch, MINI_ONE_X).max_iter
+    length = parse("1x", own["SOLVER.IMS_PER_BATCH"], one_x).max_iter
+    compared = one_x > MINI_ONE_X
+    held_out = "val" if compared else "val_100"
     scale = own["INPUT.MIN_SIZE_TEST"] / cfg.INPUT.MIN_SIZE_TEST
     longest = own["INPUT.MAX_SIZE_TEST"] / cfg.INPUT.MAX_SIZE_TEST
     options = {
@@ -134,13 +128,13 @@ def _detection(cfg):
         "TEST.AUG.MIN_SIZES": tuple(round(size * scale) for size in cfg.TEST.AUG.MIN_SIZES),
         "TEST.AUG.MAX_SIZE": round(cfg.TEST.AUG.MAX_SIZE * longest),
         "TEST.PRECISE_BN.NUM_ITER": 5,
-        "TEST.EVAL_PERIOD": 3 * one_x,
+        "TEST.EVAL_PERIOD": 2 * length // 3 if compared else 3 * length,
         "DATASETS.TRAIN": (_training_set(cfg),),
-        "DATASETS.TEST": ("glyphs_val_100",),
-        "SOLVER.ONE_X": MINI_ONE_X,
+        "DATASETS.TEST": (f"glyphs_{held_out}",),
+        "SOLVER.ONE_X": one_x,
         "SOLVER.SCHEDULE": _in_x(cfg.SOLVER.SCHEDULE),
-        "SOLVER.WARMUP_ITERS": WARMUP_ITERS,
-        "SOLVER.CHECKPOINT_PERIOD": one_x,
+        "SOLVER.WARMUP_ITERS": min(WARMUP_ITERS * one_x // MINI_ONE_X, own["SOLVER.WARMUP_ITERS"]),
+        "SOLVER.CHECKPOINT_PERIOD": length,
     }
     if _is_vgg(cfg):
         options["SOLVER.BASE_LR"] = VGG_RATE
@@ -150,7 +144,7 @@ def _detection(cfg):
             options[f"MODEL.{key}"] = recipe.flatten(cfg.MODEL)[key]
     if cfg.MODEL.KEYPOINT_ON:
         options |= {
-            "DATASETS.TEST": ("glyphs_keypoints_val_100",),
+            "DATASETS.TEST": (f"glyphs_keypoints_{held_out}",),
             "TEST.KEYPOINT_OKS_SIGMAS": KEYPOINT_OKS_SIGMAS,
             "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": len(KEYPOINT_NAMES),
             "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": [own["MODEL.ROI_MASK_HEAD.CONV_DIM"]] * 2,
@@ -164,8 +158,8 @@ def _training_set(cfg):
     name = cfg.DATASETS.TRAIN[0]
     if cfg.MODEL.KEYPOINT_ON:
         return "glyphs_keypoints_train"
-    size = name.rpartition("_")[2]
-    return f"glyphs_train_{size}" if name.startswith("coco") and size in SIZES else "glyphs_train"
+    small = f"glyphs_train_{name.rpartition('_')[2]}"
+    return small if small in DatasetCatalog else "glyphs_train"
 
 
 def _in_x(schedule):

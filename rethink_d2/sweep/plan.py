@@ -108,6 +108,7 @@ def plan(
     seeds: int = 1,
     optional: bool = False,
     mini: bool = False,
+    one_x: int | None = None,
     num_gpus: int = 1,
     options: Sequence[str] = (),
     measured: Mapping[str, float] | None = None,
@@ -124,6 +125,7 @@ def plan(
         optional: also what the manifest calls optional (searches, the other reading of VOC, pre-training with
             public weights). Without, ``only`` has to name such a run in full.
         mini: everything in miniature, see :mod:`rethink_d2.sweep.miniature`.
+        one_x: iterations of 16 images that 1x means in miniature; None for those of a quick look.
         num_gpus: processes of each run; the identity of some depends on it.
         options: alternating keys and values for all runs, such as ``MODEL.DEVICE cpu``.
         measured: from :func:`rethink_d2.sweep.costs.measure`; counts more than costs.csv.
@@ -139,8 +141,12 @@ def plan(
     for key in options[::2]:
         if key in SET_BY_PLAN:
             raise ValueError(f"{key}: the sweep sets it for every run")
+    if one_x is not None and not mini:
+        raise ValueError("--one-x: only with --mini; the paper's 1x is 90k iterations")
     wanted = _select(only, figures, arm, schedules, optional)
-    planner = _Planner(os.fspath(out), wanted, mini, num_gpus, tuple(options), measured or {})
+    if mini and one_x is None:
+        one_x = miniature.MINI_ONE_X
+    planner = _Planner(os.fspath(out), wanted, one_x, num_gpus, tuple(options), measured or {})
     nodes = [planner.node(run, seed) for run, seed in itertools.product(planner.runs, range(1, seeds + 1))]
     return sorted(nodes, key=lambda node: KINDS.index(node.kind))
 
@@ -251,12 +257,14 @@ class _Planner:
     """Makes nodes of runs.
 
     Args:
-        out, mini, num_gpus, options, measured: as :func:`plan`.
+        out, num_gpus, options, measured: as :func:`plan`.
+        one_x (int or None): 1x of the miniature in iterations of 16 images; None for full size.
         wanted (list[Run]): what was asked for.
     """
 
-    def __init__(self, out, wanted, mini, num_gpus, options, measured):
-        self._out, self._mini, self._num_gpus = out, mini, num_gpus
+    def __init__(self, out, wanted, one_x, num_gpus, options, measured):
+        self._out, self._mini, self._one_x = out, one_x is not None, one_x
+        self._num_gpus = num_gpus
         self._options, self._measured = options, measured
         self._wanted = frozenset(run.id for run in wanted)
         self.runs = []
@@ -290,7 +298,7 @@ class _Planner:
 
     def _shared(self, run):
         """The options that a run has with every seed."""
-        return (*(miniature.mini_options(run) if self._mini else ()), *self._options)
+        return (*(miniature.mini_options(run, self._one_x) if self._mini else ()), *self._options)
 
     def _config(self, run):
         return _resolved_once(model_zoo.get_config_file(run.config), self._shared(run), self._num_gpus)

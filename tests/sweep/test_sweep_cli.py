@@ -84,6 +84,8 @@ def test_problems_are_printed_together_and_nothing_starts(tmp_path, monkeypatch,
     "args, text",
     [
         (["run", "--only", "nosuch"], "--only nosuch"),
+        (["plan", "--one-x", "54"], "--one-x: only with --mini"),
+        (["plan", "--mini", "--one-x", "0"], "SOLVER.ONE_X: 0 is not positive"),
         (["run", "--slurm", "a=b"], "only with --launcher slurm"),
         (["run", "--launcher", "slurm", "--slurm", "a"], "--slurm a: write KEY=VALUE"),
         (["run", "--launcher", "slurm", "--parallel", "2"], "--parallel"),

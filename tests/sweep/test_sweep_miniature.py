@@ -71,6 +71,34 @@ def test_length_and_drops_are_the_paper_s_in_proportion(run):
         assert parse(small.CASCADE_FROM, 8, small.ONE_X).max_iter == run.branch_iteration * SCALE
 
 
+@pytest.mark.parametrize("one_x", [54, 225])
+def test_with_a_longer_1x_evaluations_meet_drops_and_ends(one_x):
+    for schedule in ("2x", "4x", "6x"):
+        run = paper.find(f"base-r50-gn-scratch-{schedule}")
+        cfg = recipe.resolve(recipe.load(model_zoo.get_config_file(run.config), mini_options(run, one_x)), 1)
+        length = int(schedule[0]) * 2 * one_x
+        assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS[0]) == (length, length - 2 * one_x * 2 // 3)
+        assert cfg.SOLVER.MAX_ITER % cfg.TEST.EVAL_PERIOD == cfg.SOLVER.STEPS[0] % cfg.TEST.EVAL_PERIOD == 0
+        assert cfg.DATASETS.TEST == ("glyphs_val",)
+        assert cfg.SOLVER.WARMUP_ITERS == 5 * one_x // 27
+        assert recipe.differences(recipe.settings(cfg), mini_settings(run)).keys() <= {
+            *recipe.SCHEDULE,
+            "DATASETS.TEST",
+            "SOLVER.ONE_X",
+            "SOLVER.WARMUP_ITERS",
+        }
+
+
+def test_a_longer_1x_leaves_keypoints_and_pretraining_what_they_are():
+    def option(id, key):
+        options = mini_options(paper.find(id), 54)
+        return options[options.index(key) + 1]
+
+    assert option("keypoint-r50-gn-scratch-2x", "DATASETS.TEST") == "('glyphs_keypoints_val',)"
+    maker = paper.find("imagenet-r50-gn-pretrained-100ep")
+    assert mini_options(maker, 54) == mini_options(maker)
+
+
 def test_a_length_needs_a_positive_1x():
     with pytest.raises(ValueError, match="SOLVER.ONE_X: 0 is not positive"):
         parse("2x", 16, 0)
