@@ -1,17 +1,20 @@
-"""What every benchmark shares: pairs of times, their table, and the machine they were taken on."""
+"""What every benchmark shares: times taken in turn, their table, and the machine they were taken on."""
 
 import dataclasses
 import importlib.metadata
+import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from tabulate import tabulate
 
-__all__ = ["Result", "compare", "environment", "table"]
+__all__ = ["Result", "compare", "environment", "peak_memory", "table"]
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "Pillow", "pycocotools", "faster-coco-eval")
 
@@ -41,20 +44,20 @@ class Result:
         return statistics.median(self.theirs) / statistics.median(self.ours)
 
 
-def compare(ours: Callable, theirs: Callable, repeats: int = 5, warm_up: int = 1):
-    """Time two callables in turn, so that a change in the machine's load meets both.
+def compare(*functions: Callable, repeats: int = 5, warm_up: int = 1):
+    """Time callables in turn, so that a change in the machine's load meets all of them.
 
     Args:
-        ours, theirs: called without arguments.
+        functions: called without arguments.
         repeats: timed calls of each.
         warm_up: calls of each before that.
 
     Returns:
-        tuple[list[float], list[float]]: seconds of every call.
+        tuple[list[float], ...]: seconds of every call, by function.
     """
-    times = ([], [])
+    times = tuple([] for _ in functions)
     for repeat in range(warm_up + repeats):
-        for function, taken in zip((ours, theirs), times, strict=True):
+        for function, taken in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
             if repeat >= warm_up:
@@ -62,23 +65,39 @@ def compare(ours: Callable, theirs: Callable, repeats: int = 5, warm_up: int = 1
     return times
 
 
+def peak_memory(function: Callable, *args):
+    """Run a function in a fresh process.
+
+    Args:
+        function: of a module's top level.
+        args: its arguments.
+
+    Returns:
+        float: the most memory that the process held at once, imports included, in MB.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_after, function, args).result()
+
+
+def _peak_after(function, args):
+    function(*args)
+    # getrusage would count what the parent held when it started this process.
+    with open("/proc/self/status") as f:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1000
+
+
 def environment():
     """Versions and hardware that a figure belongs to."""
     found = {"python": platform.python_version(), "threads": torch.get_num_threads()}
-    for name in (
-        "torch",
-        "torchvision",
-        "numpy",
-        "opencv-python",
-        "Pillow",
-        "pycocotools",
-        "faster-coco-eval",
-    ):
+    for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    found["cpu"] = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    with open("/proc/cpuinfo") as f:
+        model = re.search(r"model name\s*: (.*)", f.read())
+    name = model[1] if model else platform.machine()
+    found["cpu"] = f"{name}, {len(os.sched_getaffinity(0))} cores"
     return found
 
 

@@ -66,16 +66,17 @@ def repeated(name, images):
     """A COCO data set's file with as many images as asked for: its own ones again and again."""
     DatasetCatalog.get(name)  # draws built-in data
     document = json.loads(Path(PathManager.get_local_path(MetadataCatalog.get(name).json_file)).read_text())
+    belonging = {image["id"]: [] for image in document["images"][:images]}
+    chosen = [a for a in document["annotations"] if a["image_id"] in belonging]
     # Detectron2's VOC metric has no value where a class has no objects.
-    present = {a["category_id"] for a in document["annotations"] if not a["iscrowd"]}
-    belonging = {image["id"]: [] for image in document["images"]}
-    for annotation in document["annotations"]:
+    present = {a["category_id"] for a in chosen if not a["iscrowd"]}
+    for annotation in chosen:
         if annotation["category_id"] in present:
             belonging[annotation["image_id"]].append(annotation)
     truth = {"images": [], "annotations": []}
     truth["categories"] = [category for category in document["categories"] if category["id"] in present]
     for number in range(1, images + 1):
-        image = document["images"][number % len(document["images"])]
+        image = document["images"][(number - 1) % len(belonging)]
         truth["images"].append({**image, "id": number})
         for annotation in belonging[image["id"]]:
             ids = {"id": len(truth["annotations"]) + 1, "image_id": number}
@@ -143,7 +144,7 @@ def compare_coco(tasks, truth, predictions, folder, repeats, note):
     with registered(lambda: DatasetCatalog.register(NAME, list)) as meta:
         # Without a mapping of classes to ids: the predictions have the file's ids.
         meta.set(json_file=str(path), thing_classes=[c["name"] for c in truth["categories"]])
-        times = compare(lambda: evaluate(FastCOCOEvaluator), lambda: evaluate(COCOEvaluator), repeats)
+        times = compare(lambda: evaluate(FastCOCOEvaluator), lambda: evaluate(COCOEvaluator), repeats=repeats)
     count = assert_equal(metrics[FastCOCOEvaluator], metrics[COCOEvaluator])
     compiled = coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
     peer = "Detectron2, its C++" if compiled else "Detectron2, pycocotools"
@@ -169,7 +170,7 @@ def compare_voc(truth, predictions, folder, repeats, note):
             metrics[cls] = own.evaluate()
 
         times = compare(
-            lambda: evaluate(VOCEvaluator), lambda: evaluate(PascalVOCDetectionEvaluator), repeats
+            lambda: evaluate(VOCEvaluator), lambda: evaluate(PascalVOCDetectionEvaluator), repeats=repeats
         )
     count = assert_equal(metrics[VOCEvaluator], metrics[PascalVOCDetectionEvaluator])
     return Result("VOC", "Detectron2", *times, note=f"{note}; {count} metrics equal")

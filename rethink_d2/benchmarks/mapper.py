@@ -194,5 +194,7 @@ def _require(equal, what):
 
 def _result(name, ours, theirs, images, repeats, note=""):
     """Times of two callables which go through so many images, per image."""
-    ours, theirs = ([s / images * 1000 for s in seconds] for seconds in compare(ours, theirs, repeats))
+    ours, theirs = (
+        [s / images * 1000 for s in seconds] for seconds in compare(ours, theirs, repeats=repeats)
+    )
     return Result(name, "Detectron2", ours, theirs, "ms", note)

@@ -9,7 +9,7 @@ from detectron2.modeling.poolers import (
     convert_boxes_to_pooler_format,
 )
 
-__all__ = ["FastROIPooler", "replace_poolers"]
+__all__ = ["FastROIPooler", "fast_poolers", "replace_poolers"]
 
 
 class FastROIPooler(ROIPooler):
@@ -93,17 +93,32 @@ class FastROIPooler(ROIPooler):
             Tensor, Tensor: indices of pixels (regions, bins, 2 x samples) int32, and their weights.
         """
         samples, aligned = self.level_poolers[0].sampling_ratio, self.level_poolers[0].aligned
-        size = end - start if aligned else (end - start).clamp(min=1)
-        place = (torch.arange(bins * samples) + 0.5) / (bins * samples)
-        at = start[:, None] + place * size[:, None]
-        last = length[:, None] - 1
-        inside = (at >= -1) & (at <= length[:, None])  # others count as zero
-        at = torch.minimum(at.clamp(min=0), last)
+        side = ((end - start if aligned else (end - start).clamp(min=1)) / bins)[:, None, None]
+        # Regions, bins, samples; with torchvision's rounding, bits of which gradients of sums amplify.
+        at = start[:, None, None] + torch.arange(bins)[:, None] * side
+        at = at + (torch.arange(samples) + 0.5) * side / samples
+        length = length[:, None, None]
+        inside = (at >= -1) & (at <= length)  # others count as zero
+        at = torch.minimum(at.clamp(min=0), length - 1)
         low = at.int()
         part = at - low
-        index = torch.stack((low, torch.minimum(low + 1, last)), dim=2)
-        weight = torch.stack((1 - part, part), dim=2) * (inside / samples)[:, :, None]
-        return (t.unflatten(1, (bins, samples)).flatten(2) for t in (index, weight))
+        index = torch.stack((low, torch.minimum(low + 1, length - 1)), dim=3)
+        weight = torch.stack((1 - part, part), dim=3) * (inside / samples)[..., None]
+        return index.flatten(2), weight.flatten(2)
+
+
+def fast_poolers(module):
+    """What can stand for the poolers that a module has as attributes.
+
+    Args:
+        module (nn.Module): ROI heads, for example.
+
+    Returns:
+        dict[str, FastROIPooler]: by attribute.
+    """
+    poolers = {name: child for name, child in module.named_children() if type(child) is ROIPooler}
+    found = {name: FastROIPooler.like(pooler) for name, pooler in poolers.items()}
+    return {name: fast for name, fast in found.items() if fast is not None}
 
 
 def replace_poolers(model):
@@ -113,6 +128,5 @@ def replace_poolers(model):
         model (nn.Module): changed in place; poolers have no parameters, so its state stays as it is.
     """
     for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is ROIPooler and (fast := FastROIPooler.like(child)):
-                setattr(module, name, fast)
+        for name, fast in fast_poolers(module).items():
+            setattr(module, name, fast)

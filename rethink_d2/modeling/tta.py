@@ -2,7 +2,7 @@
 
 It differs from Detectron2's ``GeneralizedRCNNWithTTA``: there each view goes through NMS on its own and only
 what remains is united (here by a key), boxes do not vote, and keypoints are not supported; and there the
-backbone runs twice on each view, the second time for the masks.
+backbone runs twice on each view, the second time for the masks, and RoIAlign on one thread of a CPU.
 """
 
 import math
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._box_voting import box_voting
 from ._views import make_views, original_image
+from .pooler import fast_poolers
 
 __all__ = ["RCNNWithTTA"]
 
@@ -109,6 +110,7 @@ class RCNNWithTTA(nn.Module):
                 f"MODEL.ROI_HEADS.NAME: {type(model.roi_heads).__name__} has no FastRCNNOutputLayers, which "
                 "test-time augmentation needs; set TEST.AUG.ENABLED False"
             )
+        self._poolers = fast_poolers(model.roi_heads)
         self.mask_on = getattr(model.roi_heads, "mask_on", False)
         self.keypoint_on = getattr(model.roi_heads, "keypoint_on", False)
         if self.keypoint_on and flip and keypoint_flip_indices is None:
@@ -208,7 +210,7 @@ class RCNNWithTTA(nn.Module):
         # an IoU that no two boxes exceed, any kind of heads returns just what is above the threshold.
         united = dict(test_score_thresh=self.score_thresh, test_nms_thresh=math.inf, test_topk_per_image=-1)
         with (
-            _temporarily([self.model.roi_heads], mask_on=False, keypoint_on=False),
+            _temporarily([self.model.roi_heads], mask_on=False, keypoint_on=False, **self._poolers),
             _temporarily(self._predictors, **({} if self.nms_per_view else united)),
         ):
             for group in self._groups(views):
@@ -235,7 +237,7 @@ class RCNNWithTTA(nn.Module):
         masks = heatmaps = 0
         views = sum(len(group) for group, _, _ in groups)
         # forward_with_given_boxes would also decode every view's heatmaps, each at the size of its box.
-        with _temporarily([heads], keypoint_on=False):
+        with _temporarily([heads], keypoint_on=False, **self._poolers):
             for group, sizes, features in groups:
                 boxes = [Boxes(v.boxes_from_original(instances.pred_boxes.tensor)) for v in group]
                 if self.mask_on:

@@ -7,6 +7,7 @@ from test_resume import StopsAfter, assert_equal
 from rethink_d2 import model_zoo, recipe
 from rethink_d2.engine import Trainer
 from rethink_d2.engine.start import find_start
+from rethink_d2.modeling.pooler import FastROIPooler
 from rethink_d2.preemption import Preempted
 
 KEY = "SOLVER.ACCELERATE."
@@ -45,6 +46,7 @@ def losses(trainer):
     "options",
     [
         (f"{KEY}CHANNELS_LAST", True),
+        (f"{KEY}ROI_ALIGN", True),
         (f"{KEY}SGD", "foreach"),
         (f"{KEY}SGD", "fused"),
     ],
@@ -67,8 +69,11 @@ def test_it_trains_the_same_and_resumes_exactly(plain, tmp_path, options):
     assert_equal(dict(resumed.model.state_dict()), dict(after))
 
 
-def test_channels_last_and_fused_are_in_effect(tmp_path, glyph_cache):
-    trainer = Trainer(config(tmp_path, f"{KEY}CHANNELS_LAST", True, f"{KEY}SGD", "fused"))
+def test_they_are_in_effect(tmp_path, glyph_cache):
+    options = (f"{KEY}CHANNELS_LAST", True, f"{KEY}SGD", "fused", f"{KEY}ROI_ALIGN", True)
+    trainer = Trainer(config(tmp_path, *options))
+    heads = trainer.model.roi_heads
+    assert {type(heads.box_pooler), type(heads.mask_pooler)} == {FastROIPooler}
     weight = trainer.model.backbone.bottom_up.res3[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     assert all(group["fused"] for group in trainer.optimizer.param_groups)

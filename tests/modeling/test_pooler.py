@@ -35,7 +35,7 @@ def assert_same(pooler, levels, boxes):
     found = pooled(fast, levels, boxes)
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     return found
 
 

@@ -255,13 +255,16 @@ def test_boxes_of_all_views_vote_but_none_below_the_threshold(plain_model):
 
 
 def state(model):
-    """Every attribute of every module but tensors and modules."""
+    """The type of every module, and every attribute but tensors."""
     kept = (bool, int, float, str, type(None))
     return {
-        f"{name}.{key}": value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, kept)
+        **{name: type(module) for name, module in model.named_modules()},
+        **{
+            f"{name}.{key}": value
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, kept)
+        },
     }
 
 
