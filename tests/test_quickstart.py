@@ -88,7 +88,7 @@ def test_table_of_schedules_that_differ(tmp_path):
 
 def test_curves_break_between_schedules(finished):
     found = curves(finished, ap_points)
-    assert list(found) == ["from random weights", "pre-trained"]
+    assert list(found) == ["pre-trained", "from random weights"]
     values = [value for _, value in found["pre-trained"]]
     assert [v for v in values if not math.isnan(v)] == [0, 26, 0, 46, 0, 66]
     assert [math.isnan(v) for v in values] == [False, False, True] * 3
