@@ -51,7 +51,7 @@ FIGURES = {
         ("MODEL.MASK_ON", "False", "MODEL.BACKBONE.FREEZE_AT", "0"),
     ),
     # Shorter, the pre-trained arm has not learned its few images yet.
-    "8": Miniature(2250, "output/breakdown", options=("MODEL.MASK_ON", "False", "TEST.EVAL_PERIOD", "600")),
+    "8": Miniature(2250, "output/breakdown", options=("MODEL.MASK_ON", "False", "TEST.EVAL_PERIOD", "300")),
 }
 
 

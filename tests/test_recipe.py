@@ -47,6 +47,7 @@ def good(*opts, world_size=1):
     """A resolved recipe with which nothing is wrong, and changes to it."""
     base = ["SEED", 1, "SOLVER.SCHEDULE", "6x", "SOLVER.BASE_LR", 0.02, "SOLVER.IMS_PER_GROUP", 2]
     base += ["MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0, "DATASETS.TRAIN", (SET,)]
+    base += ["SOLVER.CHECKPOINT_KEEP", 1]  # all of them may not fit on this disk
     return recipe.resolve(recipe.load("", [*base, "DATASETS.TEST", (SET,), *opts]), world_size)
 
 
@@ -398,7 +399,8 @@ def test_identity_takes_local_weights_by_content(tmp_path):
 
 
 def test_summary_says_what_will_run():
-    cfg = good(*SYNCBN, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.CHECKPOINT_PERIOD", 10000)
+    checkpoints = ["SOLVER.CHECKPOINT_PERIOD", 10000, "SOLVER.CHECKPOINT_KEEP", 0]
+    cfg = good(*SYNCBN, "MODEL.BACKBONE.FREEZE_AT", 2, *checkpoints)
     model = build_meta(cfg)
     assert next(model.parameters()).device == torch.device("meta")
     text = dry_run.summary(cfg, model, {SET: 120000}, 1, {"box AP": 41.3, "source": "Table 1"})

@@ -63,7 +63,7 @@ def test_step(results):
 
 @pytest.mark.slow
 def test_step_of_the_full_model_and_torchvision_s(results):
-    found = results("step", "--models", "R50", "--shape", 64, 96, "--threads", 1)
+    found = results("step", "--models", "R50", "--shape", 160, 240, "--threads", 1)
     assert sum("torchvision" in name for name in found) == sum("memory" in name for name in found) == 2
 
 
@@ -116,10 +116,10 @@ def test_table_and_ratio():
 
 @pytest.mark.slow
 def test_peak_memory_is_the_function_s_own():
-    big = bytearray(400_000_000)
+    big = b"1" * 2_000_000_000
     small, large = (common.peak_memory(bytearray, size) for size in (1000, 400_000_000))
     assert large - small == pytest.approx(400, rel=0.1)
-    assert small < len(big) / 1e6 + 300  # this process's own is not counted
+    assert small < len(big) / 1e6  # this process's own is not counted
 
 
 def operation(name, seconds, parent=None):

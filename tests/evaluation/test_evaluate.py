@@ -53,7 +53,7 @@ def test_metrics_of_the_augmented_model_are_named_so(glyph_cache, model_of, name
     metrics = evaluate(cfg, model, name)
     assert {key.split("/")[0] for key in metrics} == tasks
     assert all(0 <= metrics[f"{task}/AP"] <= 100 for task in tasks)
-    assert len(widths) == 16 * 2 * 2  # images, each also mirrored, boxes first and then masks
+    assert len(widths) == 16 * 2  # images, each also mirrored; masks come from the features of the boxes
     assert max(widths) < 128  # the normal view's size is kept
     assert model.training  # as it was
 
