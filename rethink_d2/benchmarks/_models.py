@@ -176,7 +176,7 @@ def torchvision_model(cfg):
         box_batch_size_per_image=head.BATCH_SIZE_PER_IMAGE,
         box_positive_fraction=head.POSITIVE_FRACTION,
         mask_roi_pool=MultiScaleRoIAlign(levels, mask.POOLER_RESOLUTION, mask.POOLER_SAMPLING_RATIO),
-        mask_head=mask_rcnn.MaskRCNNHeads(channels, mask_channels, [1] * mask.NUM_CONV, norm),
+        mask_head=mask_rcnn.MaskRCNNHeads(channels, mask_channels, 1, norm),
         mask_predictor=mask_rcnn.MaskRCNNPredictor(mask.CONV_DIM, mask.CONV_DIM, classes),
     ).train()
 
