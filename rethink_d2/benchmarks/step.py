@@ -220,6 +220,7 @@ class TorchvisionStep(Step):
         self.optimizer.step()
 
 
+@torch.no_grad()
 def assert_same_update(before, stock, ours, what):
     """Compare losses and weights after each has done a step.
 
