@@ -167,7 +167,7 @@ class Side:
         self.losses = lambda: {"loss": loss}
 
 
-@pytest.mark.parametrize("loss, weight, message", [(1.001, 2, "loss is"), (1, 2.01, "weight is updated")])
+@pytest.mark.parametrize("loss, weight, message", [(1.001, 2, "loss is"), (1, 2.01, "weights are updated")])
 def test_other_losses_or_weights_are_refused(loss, weight, message):
     before = {"weight": torch.ones(1, 1)}
     step.assert_same_update(before, Side(1, 2), Side(1 + 1e-6, 2 + 1e-6), "it")

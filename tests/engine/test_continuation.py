@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 
+import gloo  # noqa: F401 (a process starts at once)
 import pytest
 import test_resume
 import torch
@@ -31,8 +32,13 @@ UNWATCHED = [
 
 
 @pytest.fixture(scope="module")
-def toy_data(tmp_path_factory):
-    toy.register_images("toy_interruption", tmp_path_factory.mktemp("images"))
+def images(tmp_path_factory):
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="module")
+def toy_data(images):
+    toy.register_images("toy_interruption", images)
     yield "toy_interruption"
     DatasetCatalog.remove("toy_interruption")
 
@@ -59,8 +65,10 @@ def stop_and_resume(cfg, stops, **how):
     train(cfg, resume=True, **how)
 
 
-def die_at(count, after, cfg):
+def die_at(count, after, cfg, images):
     """Train in a process that ends as by SIGKILL before or after its n-th file gets its name."""
+    torch.set_num_threads(1)
+    toy.register_images("toy_interruption", images)
     replace, calls = os.replace, itertools.count(1)
 
     def counted(*args):
@@ -75,15 +83,15 @@ def die_at(count, after, cfg):
     train(cfg, resume=True)
 
 
-def test_a_kill_at_every_file(toy_data, tmp_path):
+def test_a_kill_at_every_file(toy_data, images, tmp_path):
     long = ["SOLVER.SCHEDULE", "12", "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.CHECKPOINT_KEEP", 2]
     alone = toy.config(toy_data, tmp_path / "alone", *long)
     train(alone)
     files = {p.name for p in (tmp_path / "alone").glob("model_*")}
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     for count, after in ((n, after) for n in range(1, 100) for after in (False, True)):
         cfg = toy.config(toy_data, tmp_path / f"{count}-{after}", *long)
-        child = context.Process(target=die_at, args=(count, after, cfg))
+        child = context.Process(target=die_at, args=(count, after, cfg, images))
         child.start()
         child.join(60)
         train(cfg, resume=True)
