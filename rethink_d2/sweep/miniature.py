@@ -128,7 +128,7 @@ def _detection(cfg, one_x):
         "TEST.AUG.MIN_SIZES": tuple(round(size * scale) for size in cfg.TEST.AUG.MIN_SIZES),
         "TEST.AUG.MAX_SIZE": round(cfg.TEST.AUG.MAX_SIZE * longest),
         "TEST.PRECISE_BN.NUM_ITER": 5,
-        "TEST.EVAL_PERIOD": 2 * length // 3 if compared else 3 * length,
+        "TEST.EVAL_PERIOD": 2 * length // 3 if compared else length,
         "DATASETS.TRAIN": (_training_set(cfg),),
         "DATASETS.TEST": (f"glyphs_{held_out}",),
         "SOLVER.ONE_X": one_x,
