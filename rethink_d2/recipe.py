@@ -34,7 +34,6 @@ __all__ = [
     "resolve",
     "settings",
     "shared_iterations",
-    "with_cpu_norm",
 ]
 
 # Processes of the paper's recipe (section 4: 8 GPUs x 2 images).
@@ -253,24 +252,6 @@ def _syncbn_parts(cfg):
     return [part for part in _NORMED if "syncbn" in str(cfg.MODEL[part].NORM).lower()]
 
 
-def with_cpu_norm(cfg):
-    """Replace every synchronized batch norm by the one that several CPU processes can run.
-
-    Args:
-        cfg (CfgNode): any config; it stays as it is.
-
-    Returns:
-        CfgNode: a copy with naiveSyncBN_N, because torch's SyncBatchNorm refuses the CPU.
-    """
-    frozen, cfg = cfg.is_frozen(), cfg.clone()
-    cfg.defrost()
-    for part in _syncbn_parts(cfg):
-        cfg.MODEL[part].NORM = "naiveSyncBN_N"
-    if frozen:
-        cfg.freeze()
-    return cfg
-
-
 def resolve(cfg, world_size=None):
     """Write out what follows from other settings; resolving twice changes nothing more.
 
@@ -280,7 +261,8 @@ def resolve(cfg, world_size=None):
             (SOLVER.REFERENCE_WORLD_SIZE, else 8) and counts for SOLVER.IMS_PER_GROUP alone.
 
     Returns:
-        CfgNode: a copy, frozen if ``cfg`` is.
+        CfgNode: a copy, frozen if ``cfg`` is. For several processes on a CPU synchronized batch norms are
+        naiveSyncBN_N in it, because torch's SyncBatchNorm refuses the CPU.
 
     Raises:
         ValueError: the schedule is malformed or linear scaling is impossible; names the key.
@@ -290,6 +272,9 @@ def resolve(cfg, world_size=None):
     cfg.defrost()
     if world_size is not None:
         cfg = _scale(cfg, world_size)
+        if world_size > 1 and cfg.MODEL.DEVICE == "cpu":
+            for part in _syncbn_parts(cfg):
+                cfg.MODEL[part].NORM = "naiveSyncBN_N"
     solver = cfg.SOLVER
     if solver.SCHEDULE:
         schedule = parse(solver.SCHEDULE, solver.IMS_PER_BATCH, solver.ONE_X)

@@ -83,10 +83,7 @@ def prepare(args):
     fall_back_to_cpu(cfg)
     if cfg.MODEL.DEVICE == "cuda" and args.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
-    processes = world_size(args)
-    if cfg.MODEL.DEVICE == "cpu" and processes > 1:
-        cfg = recipe.with_cpu_norm(cfg)
-    cfg = recipe.resolve(cfg, processes)
+    cfg = recipe.resolve(cfg, world_size(args))
     cfg.freeze()
     return cfg
 

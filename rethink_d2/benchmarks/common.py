@@ -1,5 +1,6 @@
 """What every benchmark shares: times taken in turn, their table, and the machine they were taken on."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import multiprocessing
@@ -11,10 +12,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
+import cv2
 import torch
 from tabulate import tabulate
 
-__all__ = ["Result", "compare", "environment", "peak_memory", "table"]
+__all__ = ["Result", "compare", "environment", "peak_memory", "table", "use_threads"]
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "Pillow", "pycocotools", "faster-coco-eval")
 
@@ -63,6 +65,19 @@ def compare(*functions: Callable, repeats: int = 5, warm_up: int = 1):
             if repeat >= warm_up:
                 taken.append(time.perf_counter() - start)
     return times
+
+
+@contextlib.contextmanager
+def use_threads(count):
+    """While active, torch and OpenCV use so many threads."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(count)
+    cv2.setNumThreads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
 
 
 def peak_memory(function: Callable, *args):

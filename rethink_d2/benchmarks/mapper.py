@@ -1,6 +1,5 @@
 """Samples from image files and annotations: FastMapper against Detectron2's DatasetMapper, on one thread."""
 
-import contextlib
 import copy
 import os
 import statistics
@@ -16,7 +15,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import PolygonMasks
 
 from ..data import fast_mapper
-from .common import Result, compare
+from .common import Result, compare, use_threads
 
 # What the mask head is trained on: 25% of 512 regions of an image, with targets of 28x28.
 TARGETS, TARGET_SIZE = 128, 28
@@ -40,25 +39,13 @@ def run(args):
         ValueError: the data root has no COCO.
         RuntimeError: something that has to be equal to Detectron2's is not.
     """
-    with _one_thread():
+    with use_threads(1):
         instances = _records(args, "instances")
         return [
             _samples("polygons", instances, _config(args, keypoints=False), args.repeats),
             _samples("keypoints", _records(args, "person_keypoints"), _config(args, True), args.repeats),
             *_steps(instances, _config(args, keypoints=False), args.repeats),
         ]
-
-
-@contextlib.contextmanager
-def _one_thread():
-    before = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        cv2.setNumThreads(before[1])
 
 
 def _records(args, kind):

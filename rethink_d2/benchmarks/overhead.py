@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
@@ -27,7 +26,7 @@ from ..data.loader import build_train_loader
 from ..data.mapper import build_mapper
 from ..engine import Trainer
 from . import _models
-from .common import Result, compare
+from .common import Result, compare, use_threads
 
 NAME = "rethink_benchmark_overhead"
 # Images of a batch, as their configs have it (the paper's: on one GPU), and their shape.
@@ -50,12 +49,8 @@ def run(args):
     Returns:
         list[Result]: seconds or milliseconds, and percent of Detectron2's iteration.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with use_threads(args.threads):
         return [result for model in args.models for result in _run(model, args)]
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(model, args):

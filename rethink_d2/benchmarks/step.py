@@ -25,7 +25,7 @@ from ..data.order import mix
 from ..engine import Trainer
 from ..engine.trainer import build_initialized_model
 from . import _models
-from .common import Result, compare, peak_memory
+from .common import Result, compare, peak_memory, use_threads
 
 FAST = {"SOLVER__ACCELERATE__ROI_ALIGN": True, "SOLVER__ACCELERATE__SGD": "fused"}
 VARIANTS = {"as configured": {}, "ROI_ALIGN, SGD fused": FAST}
@@ -65,12 +65,8 @@ def run(args):
     Raises:
         RuntimeError: losses or weights that differ.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with use_threads(args.threads):
         return [result for model in args.models for result in _run(model, args)]
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(model, args):

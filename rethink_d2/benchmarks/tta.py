@@ -16,7 +16,7 @@ from torch import nn
 from ..engine.trainer import build_initialized_model
 from ..modeling.tta import RCNNWithTTA
 from . import _models
-from .common import Result, compare, peak_memory
+from .common import Result, compare, peak_memory, use_threads
 
 # Shorter sides of the views, those that a CPU gets through; the mini model is made for small images.
 SIZES = {"mini": (128, 160, 192, 224), "R50": (240, 320, 400)}
@@ -44,12 +44,8 @@ def run(args):
     Raises:
         RuntimeError: detections that differ.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with use_threads(args.threads):
         return [result for model in args.models for result in _run(model, args)]
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(name, args):

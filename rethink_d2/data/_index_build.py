@@ -5,8 +5,6 @@ file names, in ascending order of ids, then the annotations in the file's order.
 are, because making objects of millions of coordinates is what takes time and memory.
 """
 
-import contextlib
-import gc
 import hashlib
 import itertools
 import mmap
@@ -22,6 +20,7 @@ from msgspec.json import Decoder, Encoder, decode, format
 from tqdm import tqdm
 
 from ..files import replace_atomically
+from ..garbage import without_garbage_collection
 
 __all__ = ["Header", "Unfit", "build", "pieces", "read_header", "read_text"]
 
@@ -156,19 +155,7 @@ def pieces(array, kind, size=_PIECE):
         start = following
 
 
-@contextlib.contextmanager
-def _without_gc():
-    """Millions of small objects set off the garbage collector, which looks through all of the process's."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_without_gc()
+@without_garbage_collection()
 def build(json_file, path):
     """Write the index of a COCO file; it appears whole or not at all.
 

@@ -8,13 +8,14 @@ from collections import defaultdict
 
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
-from .. import recipe
+from .. import preemption, recipe
+from ..checks.training import WRITERS
 from .history import WINDOW
 
 logger = logging.getLogger(__name__)
 
 # How a run's state looks as the exit code of its process, from which W&B tells its own state.
-EXIT_CODES = {"done": 0, "failed": 1, "preempted": 75}
+EXIT_CODES = {"done": 0, "failed": 1, "preempted": preemption.EXIT_CODE}
 
 
 def build_writers(cfg, start_iter=0, parent=None):
@@ -38,7 +39,7 @@ def build_writers(cfg, start_iter=0, parent=None):
         elif name == "wandb":
             built.append(WandbWriter(cfg, parent))
         else:
-            raise ValueError(f"LOG.WRITERS: {name!r} is not one of tensorboard, wandb")
+            raise ValueError(f"LOG.WRITERS: {name!r} is not one of {', '.join(WRITERS)}")
     return built
 
 

@@ -5,9 +5,7 @@ back to Detectron2's own C++ code and needs no compiler; masks are measured by p
 time for them.
 """
 
-import contextlib
 import copy
-import gc
 import itertools
 import json
 import os
@@ -23,22 +21,12 @@ from faster_coco_eval import COCOeval_faster, faster_eval_api_cpp
 from faster_coco_eval import mask as faster_mask_util
 from pycocotools import mask as mask_util
 
+from ..garbage import without_garbage_collection
+
 __all__ = ["FastCOCOEvaluator"]
 
 # What a task compares, in predictions and in annotations.
 FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
-
-
-@contextlib.contextmanager
-def _without_garbage_collection():
-    # It would look through millions of annotations and predictions again and again, and none is garbage.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class FastCOCOEvaluator(COCOEvaluator):
@@ -50,7 +38,7 @@ class FastCOCOEvaluator(COCOEvaluator):
     :meth:`evaluate` can be called again, with other ``img_ids`` for example.
     """
 
-    @_without_garbage_collection()
+    @without_garbage_collection()
     def __init__(self, dataset_name, tasks=None, distributed=True, output_dir=None, **options):
         """
         Args:
@@ -73,7 +61,7 @@ class FastCOCOEvaluator(COCOEvaluator):
         if distributed and not comm.is_main_process():
             self._coco_api = None
 
-    @_without_garbage_collection()
+    @without_garbage_collection()
     def evaluate(self, img_ids=None):
         """Compare the predictions of all processes with the annotations; every process must call this.
 

@@ -24,12 +24,14 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import NamedTuple
 
+from detectron2.config import CfgNode
+
 from .. import model_zoo, paper, recipe
 from ..paper import Run
 from ..solver.schedule import ONE_X, REFERENCE_BATCH, parse
 from . import costs, miniature
 
-__all__ = ["KINDS", "Node", "Total", "command", "identity", "plan", "totals"]
+__all__ = ["KINDS", "Node", "Total", "command", "identity", "plan", "resolved", "totals"]
 
 # In the order in which one needs the other.
 KINDS = ("pretrain", "train", "branch", "cascade", "evaluate", "search")
@@ -179,7 +181,12 @@ def identity(node: Node, num_gpus: int = 1) -> str:
     Weights enter by their content, or by their path as long as they are not there; so it changes once, when
     the parent that makes them is done. In miniature and with SyncBN it depends on the number of processes.
     """
-    return recipe.identity(_resolved(node.config_file, node.options, num_gpus))
+    return recipe.identity(resolved(node, num_gpus))
+
+
+def resolved(node: Node, processes: int) -> CfgNode:
+    """The config that a node's processes train with."""
+    return _resolved(node.config_file, node.options, processes)
 
 
 def totals(nodes: Iterable[Node]) -> dict[str, Total]:
@@ -225,11 +232,7 @@ def _select(only, figures, arm, schedules, optional):
 
 
 def _resolved(config_file, options, processes):
-    """The config as a training resolves it."""
-    cfg = recipe.load(config_file, options)
-    if cfg.MODEL.DEVICE == "cpu" and processes > 1:
-        cfg = recipe.with_cpu_norm(cfg)
-    return recipe.resolve(cfg, processes)
+    return recipe.resolve(recipe.load(config_file, options), processes)
 
 
 _resolved_once = functools.cache(_resolved)

@@ -8,7 +8,8 @@ import subprocess
 import torch
 
 from .. import recipe
-from .process import current, resolved
+from .plan import resolved
+from .process import current
 from .state import State, node_state
 
 __all__ = ["preflight"]
@@ -29,12 +30,12 @@ def preflight(out, nodes, *, num_gpus=1, slurm=None):
     processes = num_gpus * int((slurm or {}).get("nodes", 1))
     nodes = [current(node, processes) for node in nodes]
     states = {node.id: node_state(out, node) for node in nodes}
-    todo = [node for node in nodes if states[node.id] is not State.FINISHED]
-    configs = {node.id: _config(node, processes) for node in todo}
+    unfinished = [node for node in nodes if states[node.id] is not State.FINISHED]
+    configs = {node.id: _config(node, processes) for node in unfinished}
     return [
-        *_changed(out, todo, states, processes),
-        *_recipes(out, todo, nodes, configs, processes),
-        *_disk(out, todo),
+        *_changed(out, unfinished, states, processes),
+        *_recipes(out, unfinished, nodes, configs, processes),
+        *_disk(out, unfinished),
         *(_machine(configs, num_gpus) if slurm is None else _partition(slurm)),
     ]
 
@@ -47,8 +48,8 @@ def _config(node, processes):
         return str(e)
 
 
-def _changed(out, todo, states, processes):
-    for node in todo:
+def _changed(out, unfinished, states, processes):
+    for node in unfinished:
         known = all(states.get(parent) is State.FINISHED for parent in node.parents)  # and so its weights
         if states[node.id] is State.CHANGED and known:
             folder = os.path.join(out, node.id)
@@ -65,11 +66,11 @@ def _differing(path, node, processes):
     return " (" + ", ".join(f"{k}: {old!r}, now {new!r}" for k, (old, new) in found.items()) + ")"
 
 
-def _recipes(out, todo, nodes, configs, processes):
+def _recipes(out, unfinished, nodes, configs, processes):
     """What recipe.check finds, each problem once."""
     made = {os.path.abspath(os.path.join(out, node.id)) for node in nodes}
     runs = {}
-    for node in todo:
+    for node in unfinished:
         cfg = configs[node.id]
         if isinstance(cfg, str):
             runs.setdefault(cfg, []).append(node.id)
@@ -87,11 +88,11 @@ def _recipes(out, todo, nodes, configs, processes):
         yield f"{problem} (needed by {', '.join(ids[:2])}{more})"
 
 
-def _disk(out, todo):
+def _disk(out, unfinished):
     folder = os.path.abspath(out)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    need, free = sum(node.disk_gb for node in todo), shutil.disk_usage(folder).free / 1e9
+    need, free = sum(node.disk_gb for node in unfinished), shutil.disk_usage(folder).free / 1e9
     if need > free:
         yield f"{out}: the runs need {need:,.1f} GB, {free:,.1f} are free: free some, or give another --out"
     if not os.access(folder, os.W_OK):

@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 
-from .. import recipe
 from ..files import read_json, write_json
 from ..preemption import EXIT_CODE
+from .plan import identity
 from .state import CLAIM, LAUNCH, LOG, RESULTS, STOP, held, queue
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "ended",
     "forget_stop",
     "lock",
-    "resolved",
     "start",
     "stop",
 ]
@@ -88,19 +87,11 @@ def started(pid):
         return None
 
 
-def resolved(node, processes):
-    """The config that a node's processes train with."""
-    cfg = recipe.load(node.config_file, list(node.options))
-    if cfg.MODEL.DEVICE == "cpu" and processes > 1:
-        cfg = recipe.with_cpu_norm(cfg)
-    return recipe.resolve(cfg, processes)
-
-
 def current(node, processes):
     """A node with the identity that it has now; that of weights which a parent makes is not known before."""
     if "MODEL.WEIGHTS" not in node.options:
         return node
-    return dataclasses.replace(node, identity=recipe.identity(resolved(node, processes)))
+    return dataclasses.replace(node, identity=identity(node, processes))
 
 
 def start(folder, node, argv, launcher, *, fds=(), env=None, cores=None, session=True, job_id=None):

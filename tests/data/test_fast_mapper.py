@@ -1,6 +1,5 @@
 import copy
 import io
-import pickle
 
 import cv2
 import numpy as np
@@ -18,7 +17,7 @@ from pycocotools import mask as mask_util
 from torch.utils.data import DataLoader
 
 from rethink_d2.config import add_rethink_config
-from rethink_d2.data.fast_mapper import FastMapper, FastPolygonMasks
+from rethink_d2.data.fast_mapper import FastMapper
 from rethink_d2.data.mapper import CountingMapper, build_mapper
 
 WIDTH, HEIGHT = 23, 16
@@ -407,50 +406,3 @@ def test_a_loaders_worker_has_one_thread(colour_record):
         assert cv2.getNumThreads() == 3
     finally:
         cv2.setNumThreads(before)
-
-
-floats = st.floats(-40, 80, width=32)
-outline = st.lists(st.floats(-40, 80), min_size=6, max_size=16).map(lambda p: np.array(p[: len(p) // 2 * 2]))
-outlines = st.lists(st.lists(outline, max_size=3), min_size=1, max_size=5)
-
-
-@given(outlines, st.data(), st.sampled_from([1, 14, 28]))
-@settings(max_examples=100, deadline=None)
-def test_mask_targets_are_equal_bit_for_bit(polygons, data, size):
-    boxes = torch.tensor([[data.draw(floats) for _ in range(4)] for _ in polygons])
-    ours = FastPolygonMasks(polygons).crop_and_resize(boxes, size)
-    theirs = PolygonMasks(polygons).crop_and_resize(boxes, size)
-    assert ours.dtype == theirs.dtype and ours.is_contiguous() and torch.equal(ours, theirs)
-
-
-def test_mask_targets_of_genuine_objects(real_data):
-    mapper = FastMapper(config(), True)
-    for record in coco_records(real_data, "instances"):
-        instances = mapper(record)["instances"]
-        shift = torch.rand(len(instances), 4, generator=torch.Generator().manual_seed(0)) * 20
-        boxes = instances.gt_boxes.tensor + shift
-        ours = instances.gt_masks.crop_and_resize(boxes, 28)
-        assert torch.equal(ours, PolygonMasks(instances.gt_masks.polygons).crop_and_resize(boxes, 28))
-        assert ours.any()
-
-
-def test_mask_targets_of_no_objects():
-    assert FastPolygonMasks([]).crop_and_resize(torch.zeros(0, 4), 28).shape == (0, 28, 28)
-
-
-@pytest.mark.parametrize(
-    "item",
-    [1, slice(1, None), [2, 0], torch.tensor([True, False, True]), torch.tensor([2, 2, 0]), torch.tensor([])],
-)
-def test_polygons_are_selected_as_in_detectron2(item):
-    polygons = [[np.arange(6.0) + i] for i in range(3)]
-    item = item.long() if isinstance(item, torch.Tensor) and not len(item) else item
-    ours, theirs = FastPolygonMasks(polygons)[item], PolygonMasks(polygons)[item]
-    assert type(ours) is FastPolygonMasks
-    assert_same_field(ours, theirs)
-
-
-def test_polygons_stay_fast_when_joined_and_sent():
-    masks = FastPolygonMasks([[np.arange(6.0)]])
-    assert type(FastPolygonMasks.cat([masks, masks])) is FastPolygonMasks
-    assert type(pickle.loads(pickle.dumps(masks)).to("cpu")) is FastPolygonMasks

@@ -5,8 +5,8 @@ from standin import node
 
 from rethink_d2 import model_zoo, recipe
 from rethink_d2.sweep import preflight as module
+from rethink_d2.sweep.plan import resolved
 from rethink_d2.sweep.preflight import preflight
-from rethink_d2.sweep.process import resolved
 
 MINI = model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")
 

@@ -18,8 +18,9 @@ from standin import node, starts, until
 
 from rethink_d2 import model_zoo, recipe
 from rethink_d2.files import read_json
+from rethink_d2.sweep.plan import resolved
 from rethink_d2.sweep.preflight import preflight
-from rethink_d2.sweep.process import resolved, stop
+from rethink_d2.sweep.process import stop
 from rethink_d2.sweep.slurm import SlurmSweep
 from rethink_d2.sweep.state import State, progress, queue, recorded_state
 
