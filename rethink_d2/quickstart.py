@@ -7,7 +7,6 @@ the breakdown with few images (paper, section 5.2). Both are parts of ``python -
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -18,14 +17,15 @@ from detectron2.engine import DefaultPredictor
 from tabulate import tabulate
 
 from . import recipe
-from .files import read_json
 from .launch import fall_back_to_cpu
+from .paper import ARMS
+from .report.runs import find_runs
+from .report.verdicts import verdicts
 from .sweep.launch import LocalSweep, summary, write_report
 from .sweep.plan import plan
 from .sweep.preflight import preflight
-from .visualize import curve_picture, detections_picture
+from .visualize import detections_picture
 
-ARMS = {"scratch": "from random weights", "pretrained": "pre-trained"}
 # One for each arm.
 PARALLEL = 2
 REFUSED = 2
@@ -55,86 +55,41 @@ FIGURES = {
 }
 
 
-def ap_points(folder):
-    """A run's evaluations: iteration and box AP, 0 where nothing was detected yet."""
-    rows = read_json(os.path.join(folder, "results.json"))
-    return [(row["iteration"], row["bbox/AP"] or 0.0) for row in rows]
-
-
-def loss_points(folder):
-    """A run's training: iteration and total loss, the median of the last 20 iterations."""
-    with open(os.path.join(folder, "metrics.json")) as f:
-        rows = [json.loads(line) for line in f]
-    return [(row["iteration"] + 1, row["total_loss"]) for row in rows if "total_loss" in row]
-
-
-def mean_points(nodes, read):
-    """What `read` gives for the folder of each node, which differ in their seeds, averaged."""
-    return [
-        (points[0][0], statistics.fmean(value for _, value in points))
-        for points in zip(*(read(node.folder) for node in nodes), strict=True)
-    ]
-
-
-def by_schedule(nodes):
-    """Detection runs by arm and schedule.
-
-    Returns:
-        dict[str, dict[str, list[Node]]]: the nodes of all seeds, shortest schedules first.
-    """
-    found = {arm: {} for arm in ARMS}
-    for node in sorted(nodes, key=lambda node: (node.start + node.iterations, node.seed)):
-        if node.kind != "pretrain":
-            found[node.run.arm].setdefault(node.run.schedule, []).append(node)
-    return found
-
-
-def table(arms):
-    """Final box AP and training loss of both arms, and the gap, one row for each pair of schedules.
+def table(runs, nodes):
+    """Final box AP and training loss of both arms, means over seeds, and the gap, by schedule.
 
     Args:
-        arms (dict): from :func:`by_schedule`. With few images each arm has a schedule of its own.
+        runs (Runs): of the output folder.
+        nodes (list[Node]): the finished runs that count. With few images each arm has a schedule of its own.
     """
+    ends = {arm: {} for arm in ARMS}
+    for node in sorted(nodes, key=lambda node: node.start + node.iterations):
+        if node.kind != "pretrain":
+            [folder] = [folder for folder in runs.seeds(node.run) if folder.seed == node.seed]
+            *_, loss = runs.losses(folder).values()
+            ap = folder.final.metrics.get("bbox/AP", 0.0)  # none where nothing is detected
+            ends[node.run.arm].setdefault(node.run.schedule, []).append((ap, loss))
     rows = []
-    for pair in zip(*(arms[arm].items() for arm in ARMS), strict=True):
+    for pair in zip(*(ends[arm].items() for arm in ARMS), strict=True):
         schedules = dict.fromkeys(schedule for schedule, _ in pair)
-        aps = [mean_points(nodes, ap_points)[-1][1] for _, nodes in pair]
-        losses = [mean_points(nodes, loss_points)[-1][1] for _, nodes in pair]
+        aps, losses = zip(
+            *(map(statistics.fmean, zip(*seeds, strict=True)) for _, seeds in pair), strict=True
+        )
         rows.append([" / ".join(schedules), *aps, aps[1] - aps[0], *losses])
     what = [f"{name}\n{arm}" for name in ("box AP", "loss") for arm in ARMS.values()]
     digits = ("", ".1f", ".1f", ".1f", ".2f", ".2f")
     return tabulate(rows, headers=["schedule", *what[:2], "gap", *what[2:]], floatfmt=digits)
 
 
-def curves(arms, read):
-    """Every arm's schedules as one broken line, by the arm's name; for :func:`curve_picture`.
-
-    Pre-training comes first, and so has the colour that it has in the report.
-    """
-    gap = (float("nan"), float("nan"))
-    return {
-        name: [point for nodes in arms[arm].values() for point in (*mean_points(nodes, read), gap)]
-        for arm, name in reversed(ARMS.items())
-    }
-
-
-def config(node, *options):
-    """A node's resolved config, with more options."""
-    return recipe.resolve(recipe.load(node.config_file, [*node.options, *options]), 1)
-
-
-def pictures(arms, out):
-    """Draw curves, and what the longest training from random weights detects; returns the files."""
-    of_one_seed = [nodes[0] for schedules in arms.values() for nodes in schedules.values()]
-    drops = sorted({step for node in of_one_seed for step in config(node).SOLVER.STEPS})
-    files = [os.path.join(out, name) for name in ("ap_curve.png", "loss_curve.png", "detections.png")]
-    curve_picture(curves(arms, ap_points), drops, files[0], "box AP on held-out images")
-    curve_picture(curves(arms, loss_points), drops, files[1], "training loss")
-    longest = list(arms["scratch"].values())[-1][0]
-    cfg = config(longest, "MODEL.WEIGHTS", os.path.join(longest.folder, "model_final.pth"))
+def picture(nodes, path):
+    """Draw what the longest training from random weights detects."""
+    longest = max(
+        (node for node in nodes if node.run.arm == "scratch"), key=lambda node: node.start + node.iterations
+    )
+    options = [*longest.options, "MODEL.WEIGHTS", os.path.join(longest.folder, "model_final.pth")]
+    cfg = recipe.resolve(recipe.load(longest.config_file, options), 1)
     fall_back_to_cpu(cfg)
-    detections_picture(DefaultPredictor(cfg), cfg.DATASETS.TEST[0], files[2])
-    return files
+    detections_picture(DefaultPredictor(cfg), cfg.DATASETS.TEST[0], path)
 
 
 def argument_parser():
@@ -173,8 +128,13 @@ def main(args):
     print(text, flush=True)
     if code:
         return code
-    arms = by_schedule(nodes)
-    print(f"\n{table(arms)}\n", *pictures(arms, out), sep="\n", flush=True)
+    detections = os.path.join(out, "detections.png")
+    picture(nodes, detections)
+    runs = find_runs(out)
+    print(f"\n{table(runs, nodes)}\n")
+    for verdict in verdicts(runs):
+        print(*filter(None, (verdict.loss_sentence, verdict.sentence)), sep="; ")
+    print(f"\n{detections}", flush=True)
     code = write_report(out)  # which prints its page
     print(
         f"\nThat took {(time.monotonic() - start) / 60:.1f} minutes."

@@ -1,4 +1,4 @@
-"""Pictures of detections and of learning curves."""
+"""Pictures of detections."""
 
 import os
 
@@ -57,31 +57,6 @@ def detections_picture(predictor, name, path, count=4, threshold=0.5):
             axis.imshow(np.ascontiguousarray(picture[:, :, ::-1]))
             axis.set_title(title, fontsize=9)
             axis.set_axis_off()
-    _save(path)
-
-
-def curve_picture(curves, drops, path, ylabel):
-    """Save learning curves.
-
-    Args:
-        curves (dict[str, list[tuple[int, float]]]): label -> (iteration, value) points.
-        drops (list[int]): iterations at which the learning rate is reduced, drawn dashed.
-        path (str): the picture to write.
-        ylabel (str): name and unit of the values.
-    """
-    plt.subplots(figsize=(6, 4))
-    for label, points in curves.items():
-        plt.plot(*zip(*points, strict=True), marker="o", label=label)
-    for drop in drops:
-        plt.axvline(drop, color="grey", linestyle="--", linewidth=0.8)
-    plt.xlabel("iterations (dashed: learning rate reduced)")
-    plt.ylabel(ylabel)
-    plt.legend()
-    plt.grid(alpha=0.3)
-    _save(path)
-
-
-def _save(path):
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     plt.tight_layout()
     plt.savefig(path, dpi=80)

@@ -7,6 +7,9 @@ import functools
 import os
 from pathlib import Path
 
+# As the paper's figures call them.
+ARMS = {"scratch": "random init", "pretrained": "w/ pre-training"}
+
 _CSV = Path(__file__).with_name("manifest.csv")
 
 

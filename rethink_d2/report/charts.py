@@ -4,7 +4,8 @@ import textwrap
 
 import plotly.graph_objects as go
 
-from .figures import ARMS, COLORS, Figure, Panel
+from ..paper import ARMS
+from .figures import COLORS, Figure, Panel
 
 __all__ = ["chart", "charts"]
 
@@ -61,7 +62,7 @@ def _wrapped(panel):
 
 def _legend(panel):
     """Below bars; of lines in the corner that they leave free: a loss falls, an AP rises."""
-    legend = {"orientation": "h", "groupclick": "toggleitem", "bgcolor": "rgba(0,0,0,0)"}
+    legend = {"orientation": "h", "groupclick": "toggleitem"}
     if panel.bars:
         return legend | {"y": -0.19, "yanchor": "top"}
     falls = all(line.y[-1] < line.y[0] for line in panel.lines)

@@ -11,16 +11,15 @@ import re
 import statistics
 
 from .. import paper
-from ..paper import samples
+from ..paper import ARMS, samples
 from ..solver.schedule import parse
 from .noise import mean
 from .runs import Runs
 from .tables import metric_name
 from .verdicts import by_schedule
 
-__all__ = ["ARMS", "COLORS", "Bars", "Figure", "Line", "Mark", "Panel", "figures", "to_csv"]
+__all__ = ["COLORS", "Bars", "Figure", "Line", "Mark", "Panel", "figures", "to_csv"]
 
-ARMS = {"scratch": "random init", "pretrained": "w/ pre-training"}
 # Vermilion and blue of Okabe and Ito, which the colour-blind tell apart; legible on white and on black.
 COLORS = {"scratch": "#d55e00", "pretrained": "#0072b2"}
 # Half way to white.

@@ -9,7 +9,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from .figures import ARMS, COLORS, Figure
+from ..paper import ARMS
+from .figures import COLORS, Figure
 
 __all__ = ["picture", "render"]
 
@@ -61,7 +62,7 @@ def _draw_lines(axes, panel):
             axes.annotate(
                 line.name,
                 (line.x[-1], line.y[-1]),
-                (3, 4),
+                (3, 4 if line.arm == "pretrained" else -10),  # else labels of close ends cover each other
                 textcoords="offset points",
                 fontsize=7,
                 color=color,

@@ -14,7 +14,6 @@ from .runs import Runs
 __all__ = ["HEADER", "Row", "Table", "metric_name", "tables", "to_csv", "to_markdown"]
 
 HEADER = ("run", "arm", "schedule", "metric", "yours", "noise", "published", "difference", "source")
-ARMS = {"scratch": "random init", "pretrained": "pre-training", "": ""}
 KINDS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint", "classification": "classification"}
 
 
@@ -55,7 +54,7 @@ class Row:
             noise = "one seed" if one else f"± {self.yours.noise:.2f} ({self.yours.seeds} seeds)"
         return (
             self.run.family if self.run.kind != "analysis" else self.run.id,
-            ARMS[self.run.arm],
+            paper.ARMS.get(self.run.arm, ""),
             self.run.schedule,
             metric_name(self.metric),
             yours,
