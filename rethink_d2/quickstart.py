@@ -67,8 +67,8 @@ def table(runs, nodes):
         if node.kind != "pretrain":
             [folder] = [folder for folder in runs.seeds(node.run) if folder.seed == node.seed]
             *_, loss = runs.losses(folder).values()
-            ap = folder.final.metrics.get("bbox/AP", 0.0)  # none where nothing is detected
-            ends[node.run.arm].setdefault(node.run.schedule, []).append((ap, loss))
+            end = folder.final.metrics["bbox/AP"], loss
+            ends[node.run.arm].setdefault(node.run.schedule, []).append(end)
     rows = []
     for pair in zip(*(ends[arm].items() for arm in ARMS), strict=True):
         schedules = dict.fromkeys(schedule for schedule, _ in pair)

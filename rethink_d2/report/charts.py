@@ -1,6 +1,7 @@
 """Interactive charts: every panel of a figure becomes data and layout for plotly's script."""
 
 import textwrap
+from collections import Counter
 
 import plotly.graph_objects as go
 
@@ -10,6 +11,7 @@ from .figures import COLORS, Figure, Panel
 __all__ = ["chart", "charts"]
 
 HEIGHT = 420
+LEGEND_ROW = 19
 
 
 def charts(figure: Figure) -> list[dict]:
@@ -34,15 +36,17 @@ def chart(panel: Panel) -> go.Figure:
 
 
 def _layout(panel):
+    names = Counter(line.arm for line in panel.lines)
     layout = {
         "template": "none",
-        "height": HEIGHT,
+        "height": HEIGHT + LEGEND_ROW * max(names.values(), default=0),
         "margin": {"l": 52, "r": 12, "t": 36, "b": 44},
         "title": {"text": panel.title, "x": 0, "xref": "paper", "font": {"size": 14}},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hovermode": "closest",
-        "legend": _legend(panel),
+        # Below: no corner is free of lines in every panel.
+        "legend": {"orientation": "h", "groupclick": "toggleitem", "y": -0.19, "yanchor": "top"},
         "xaxis": {"title": {"text": panel.x_title, "standoff": 6}, "zeroline": False},
         "yaxis": {"title": {"text": panel.y_title, "standoff": 6}, "zeroline": False},
         "barmode": "overlay",
@@ -58,16 +62,6 @@ def _layout(panel):
 
 def _wrapped(panel):
     return ["<br>".join(textwrap.wrap(category, 14)) for category in panel.categories]
-
-
-def _legend(panel):
-    """Below bars; of lines in the corner that they leave free: a loss falls, an AP rises."""
-    legend = {"orientation": "h", "groupclick": "toggleitem"}
-    if panel.bars:
-        return legend | {"y": -0.19, "yanchor": "top"}
-    falls = all(line.y[-1] < line.y[0] for line in panel.lines)
-    vertical = {"y": 1, "yanchor": "top"} if falls else {"y": 0.03, "yanchor": "bottom"}
-    return legend | vertical | {"x": 1, "xanchor": "right"}
 
 
 def _group(arm):

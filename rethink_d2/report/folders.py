@@ -23,6 +23,8 @@ READ = ("run.json", "results.json", "metrics.json", "config.yaml", "launch.json"
 # The end of metrics.json that tells how far a run is, in bytes.
 TAIL = 1 << 14
 KNOWN = {run.id: run for run in paper.load()}
+# What Detectron2 has no number for where nothing was detected.
+NO_DETECTIONS = ("/AP", "/AP50", "/AP75")
 STATES = {"done": State.FINISHED, "failed": State.FAILED, "preempted": State.PREEMPTED}
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times as fast, where PyYAML has it
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError)
@@ -220,14 +222,20 @@ def _evaluations(rows, name, problems):
         row = row if isinstance(row, dict) else {}
         iteration, dataset = row.get("iteration"), row.get("dataset")
         if isinstance(iteration, int) and is_number(iteration) and isinstance(dataset, str):
-            numbers = {key: value for key, value in row.items() if is_number(value) and key != "iteration"}
-            read.append(Evaluation(iteration, dataset, numbers))
+            read.append(Evaluation(iteration, dataset, _numbers(row)))
     if len(read) < len(rows):
         problems.append(f"{name}: {len(rows) - len(read)} of {len(rows)} rows have no iteration or data set")
     often, chosen = Counter(row.dataset for row in read), {}
     for row in sorted(read, key=lambda row: (row.iteration, often[row.dataset])):
         chosen.setdefault(row.iteration, row)
     return tuple(chosen.values())
+
+
+def _numbers(row):
+    """The metrics of an evaluation. Where nothing is detected Detectron2 has no number; the AP is 0."""
+    numbers = {key: value for key, value in row.items() if is_number(value) and key != "iteration"}
+    nothing = [key for key, value in row.items() if value is None and key.endswith(NO_DETECTIONS)]
+    return dict.fromkeys(nothing, 0.0) | numbers
 
 
 def metrics_rows(folder, tail=None, name="", problems=None):

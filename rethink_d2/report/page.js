@@ -14,8 +14,7 @@
       font: { color: color("--text"), family: getComputedStyle(document.body).fontFamily, size: 12 },
       hoverlabel: { bgcolor: color("--raised"), bordercolor: color("--line"), font: { color: color("--text") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--muted"), activecolor: color("--text") },
-      // Lines behind it stay visible, and do not cross its names.
-      legend: { ...layout.legend, bgcolor: `${color("--ground")}cc` },
+      legend: { ...layout.legend, bgcolor: "rgba(0,0,0,0)" },
       xaxis: { ...layout.xaxis, ...axis },
       yaxis: { ...layout.yaxis, ...axis },
     };

@@ -179,12 +179,20 @@ def test_a_torn_last_line_and_values_that_are_not_numbers_are_no_damage(tmp_path
     with open(path / "metrics.json", "a") as f:
         f.write('{"iteration": 14, "total_loss": NaN}\n{"iteration": 15}\n{"iteration": 19, "tot')
     rows = [
-        {"iteration": 20, "dataset": "d", "bbox/AP": float("nan"), "segm/AP": None, "a": True, "b": 1e400}
+        {"iteration": 20, "dataset": "d", "bbox/AP": float("nan"), "segm/APs": None, "a": True, "b": 1e400}
     ]
     (path / "results.json").write_text(json.dumps(rows))
     runs, folder = find(tmp_path, f"{SCRATCH}/seed1")
     assert runs.problems == [] and folder.final.metrics == {}
     assert runs.losses(folder) == {10: 1.0} and folder.iteration == 20
+
+
+def test_nothing_detected_is_no_ap(tmp_path):
+    path = make_run(tmp_path, SCRATCH, {20: 2.0})
+    metrics = {"bbox/AP": None, "bbox/AP50": None, "bbox/AP75": None, "bbox/APl": None}
+    (path / "results.json").write_text(json.dumps([{"iteration": 20, "dataset": "d", **metrics}]))
+    _, folder = find(tmp_path, f"{SCRATCH}/seed1")
+    assert folder.final.metrics == {"bbox/AP": 0.0, "bbox/AP50": 0.0, "bbox/AP75": 0.0}
 
 
 @pytest.mark.parametrize(
