@@ -1,29 +1,19 @@
 """What a recipe amounts to before it runs, as text."""
 
-from collections.abc import Mapping
-
 from .disk import checkpoint_bytes, checkpoints_kept
 from .modeling.inspection import frozen_modules, norms
 
 
-def _published(published):
-    """Word a published result given as a run of the paper, a dict or a text."""
-    if isinstance(published, Mapping):
-        source = published.get("source")
-        values = ", ".join(f"{k} {v}" for k, v in published.items() if k != "source")
-    elif hasattr(published, "metric"):
-        source = published.source
-        values = (
-            "only as a picture"
-            if published.published is None
-            else f"{published.metric} {published.published}"
-        )
-    else:
-        return str(published or "nothing for this recipe")
-    return f"{values} ({source})" if source else values
+def _published(run):
+    """Word the published result of a run of the paper."""
+    if run is None:
+        return "nothing for this recipe"
+    if run.published is None:
+        return "only as a picture" + (f" ({run.source})" if run.source else "")
+    return f"{run.metric} {run.published} ({run.source})"
 
 
-def summary(cfg, model, sizes, world_size, published=None):
+def summary(cfg, model, sizes, world_size, run=None):
     """Describe a run before it starts.
 
     Args:
@@ -31,7 +21,7 @@ def summary(cfg, model, sizes, world_size, published=None):
         model (nn.Module): the model it builds, on any device.
         sizes (dict[str, int] or None): number of images by data set, for those that are known.
         world_size (int): number of processes.
-        published (paper.Run or dict or str or None): published results; a dict has their "source" too.
+        run (paper.Run or None): the run of the paper that it is.
 
     Returns:
         str: aligned lines, one subject each.
@@ -79,7 +69,7 @@ def summary(cfg, model, sizes, world_size, published=None):
     rows += [
         ("train on", data(cfg.DATASETS.TRAIN)),
         ("test on", data(cfg.DATASETS.TEST)),
-        ("published", _published(published)),
+        ("published", _published(run)),
         ("checkpoints", f"{kept} of {size / 1e6:,.0f} MB, {kept * size / 1e9:,.1f} GB in {cfg.OUTPUT_DIR}"),
     ]
     width = max(len(label) for label, _ in rows) + 2

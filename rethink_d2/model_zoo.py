@@ -16,6 +16,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from . import recipe
+
 __all__ = ["config_dir", "get", "get_config", "get_config_file"]
 
 
@@ -59,8 +61,6 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
         RuntimeError: there is no such config.
         FileNotFoundError: ``trained``, and the run has left no final weights there.
     """
-    from . import recipe  # here, so that this module is importable below that floor
-
     cfg = recipe.resolve(recipe.load(get_config_file(name), []))
     if trained:
         weights = Path(cfg.OUTPUT_DIR) / "model_final.pth"

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from detectron2.engine import DefaultPredictor
 from tabulate import tabulate
 
-from . import recipe
 from .launch import fall_back_to_cpu
 from .paper import ARMS
 from .report.runs import find_runs
 from .report.verdicts import verdicts
 from .sweep.launch import LocalSweep, summary, write_report
-from .sweep.plan import plan
+from .sweep.plan import plan, resolved
 from .sweep.preflight import preflight
 from .visualize import detections_picture
 
@@ -86,8 +85,8 @@ def picture(nodes, path):
     longest = max(
         (node for node in nodes if node.run.arm == "scratch"), key=lambda node: node.start + node.iterations
     )
-    options = [*longest.options, "MODEL.WEIGHTS", os.path.join(longest.folder, "model_final.pth")]
-    cfg = recipe.resolve(recipe.load(longest.config_file, options), 1)
+    cfg = resolved(longest, 1)
+    cfg.MODEL.WEIGHTS = os.path.join(longest.folder, "model_final.pth")
     fall_back_to_cpu(cfg)
     detections_picture(DefaultPredictor(cfg), cfg.DATASETS.TEST[0], path)
 
@@ -98,7 +97,8 @@ def argument_parser():
         prog="python -m rethink_d2.quickstart", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--figure", choices=FIGURES, default="1", help="8: the breakdown with few images")
-    parser.add_argument("--output", metavar="FOLDER", help="of the run folders (output/quickstart)")
+    output = "of the run folders (output/quickstart; of figure 8 output/breakdown)"
+    parser.add_argument("--output", metavar="FOLDER", help=output)
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", metavar="K", type=int, default=1, help="this one alone (1)")
     seeds.add_argument("--seeds", metavar="N", type=int, help="seeds 1 to N, and their mean")
@@ -109,6 +109,8 @@ def argument_parser():
 def main(args):
     """Run what is missing, print, draw, report; returns the exit code."""
     mini, start = FIGURES[args.figure], time.monotonic()
+    if args.seed < 1:
+        raise ValueError(f"--seed {args.seed}: seeds are at least 1")
     out = os.path.abspath(args.output or mini.output)
     nodes = plan(
         out,

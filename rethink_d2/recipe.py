@@ -255,6 +255,9 @@ def _syncbn_parts(cfg):
 def resolve(cfg, world_size=None):
     """Write out what follows from other settings; resolving twice changes nothing more.
 
+    SOLVER.SCHEDULE decides MAX_ITER, STEPS, LR_SCHEDULER_NAME and a warm-up that ends before the first drop;
+    there are no more loader workers than cores.
+
     Args:
         cfg (CfgNode): a config with this project's keys; it stays as it is.
         world_size (int or None): number of processes. None stands for the recipe's own

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rethink_d2 import add_rethink_config, dry_run, recipe
+from rethink_d2 import add_rethink_config, dry_run, paper, recipe
 from rethink_d2.data.classification import register_image_folder
 from rethink_d2.data.files import missing_files
 from rethink_d2.modeling.inspection import build_meta
@@ -339,7 +339,7 @@ def test_summary_says_what_will_run():
     cfg = good(*SYNCBN, "MODEL.BACKBONE.FREEZE_AT", 2, *checkpoints)
     model = build_meta(cfg)
     assert next(model.parameters()).device == torch.device("meta")
-    text = dry_run.summary(cfg, model, {SET: 120000}, 1, {"box AP": 41.3, "source": "Table 1"})
+    text = dry_run.summary(cfg, model, {SET: 120000}, 1, paper.find("base-r50-gn-scratch-6x"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for words in (
         "480,000 (epoch 64.00)",
@@ -350,9 +350,10 @@ def test_summary_says_what_will_run():
         "FrozenBN",
         "SyncBN",
         "120,000 images",
-        "box AP 41.3 (Table 1)",
+        "bbox/AP 41.3 (paper Table 1",
         TORCHVISION,
         "54 of",
     ):
         assert words in text, words
-    assert "epoch" not in dry_run.summary(cfg, model, None, 1)
+    other = dry_run.summary(cfg, model, None, 1)
+    assert "epoch" not in other and "nothing for this recipe" in other

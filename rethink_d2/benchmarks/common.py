@@ -16,9 +16,12 @@ import cv2
 import torch
 from tabulate import tabulate
 
-__all__ = ["Result", "compare", "environment", "peak_memory", "table", "use_threads"]
+from ..engine.record import PACKAGES
 
-PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "Pillow", "pycocotools", "faster-coco-eval")
+__all__ = ["Result", "compare", "environment", "peak_memory", "peak_of_this_process", "table", "use_threads"]
+
+# Beside those that a run's record names.
+MORE_PACKAGES = ("opencv-python", "Pillow", "faster-coco-eval")
 
 
 @dataclasses.dataclass
@@ -96,6 +99,11 @@ def peak_memory(function: Callable, *args):
 
 def _peak_after(function, args):
     function(*args)
+    return peak_of_this_process()
+
+
+def peak_of_this_process():
+    """The most memory that this process has held at once, in MB."""
     # getrusage would count what the parent held when it started this process.
     with open("/proc/self/status") as f:
         return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1000
@@ -104,7 +112,7 @@ def _peak_after(function, args):
 def environment():
     """Versions and hardware that a figure belongs to."""
     found = {"python": platform.python_version(), "threads": torch.get_num_threads()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *MORE_PACKAGES):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from ..data.glyphs import CACHE_ENV
 from ..data.loader import Groups, drop_unusable, training_records
 from ..files import replace_atomically
 from ..recipe import default_config
-from .common import Result
+from .common import Result, peak_of_this_process
 
 NAME = "rethink_benchmark_startup"
 SAMPLES = 500
@@ -158,7 +157,7 @@ def measure(kind, json_file):
         records = training_records(cfg)
         Groups(records, dict, 2, 1, by_orientation=True)[0]
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peak = peak_of_this_process()
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, SAMPLES, dtype=int)]
     if kind == "stock":
         chosen, _ = drop_unusable(chosen)

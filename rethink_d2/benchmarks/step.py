@@ -121,8 +121,7 @@ def _peak(what, model, args):
 
 
 def _steps(what, model, dataset, shape, threads):
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
+    with use_threads(threads), tempfile.TemporaryDirectory() as folder:
         step = Step(what, model, dataset, shape, folder)
         for _ in range(3):
             step()

@@ -69,10 +69,10 @@ def _run(name, args):
 
 
 def _once(side, name, args, sizes):
-    torch.set_num_threads(args.threads)
-    model = build(side, name, args.dataset, sizes)
-    for sample in _samples(name, args.dataset, args.images):
-        detect(model, sample)
+    with use_threads(args.threads):
+        model = build(side, name, args.dataset, sizes)
+        for sample in _samples(name, args.dataset, args.images):
+            detect(model, sample)
 
 
 def _samples(name, dataset, count):

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from ..files import read_json
 from .lines import resolved
-from .manifest import Run, load
+from .manifest import ARMS, Run, load
 
 __all__ = ["Arm", "Localization", "localization", "table"]
 
@@ -75,7 +75,7 @@ def _localization(root, analysis):
     finished = [arm for run in runs if (arm := _read(root, run))]
     best = {
         name: max((arm for arm in finished if arm.run.arm == name), key=lambda arm: arm.ap, default=None)
-        for name in ("scratch", "pretrained")
+        for name in ARMS
     }
     found = {arm.run.id for arm in finished}
     return Localization(analysis, **best, missing=tuple(run.id for run in runs if run.id not in found))

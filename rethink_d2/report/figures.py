@@ -138,7 +138,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure of the paper; without panels where no run of it has been evaluated yet."""
+    """A figure of the paper; without panels where there is nothing to draw yet."""
 
     number: int
     caption: str

@@ -29,7 +29,7 @@ setInterval(async () => {{
 
 
 def watch(out, seconds=SECONDS):
-    """Make the report, and make it anew whenever a file that it is made from has changed, until Ctrl-C.
+    """Make the report, and make it anew whenever a run has changed, until Ctrl-C.
 
     Args:
         out (str): the output folder.
@@ -60,7 +60,7 @@ def _keep_up(out, before, seconds, stop):
 
 
 def _snapshot(out):
-    """Time and size of every file that the report is made from."""
+    """Time and size of every file that tells how runs stand."""
     found = {}
     for folder, files in walk(out):
         for name in (*READ, PLAN):

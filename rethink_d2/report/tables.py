@@ -146,7 +146,7 @@ def _analysis(runs, analysis):
     """Section 5.1 on localization: as in Table 2, each arm counts with its schedule of the best box AP."""
     members = [run for run in paper.load() if run.family == FAMILIES[analysis.id]]
     best = {}
-    for arm in ("scratch", "pretrained"):
+    for arm in paper.ARMS:
         finished = {run.id: mean(runs.finals(run, run.metric)) for run in members if run.arm == arm}
         found = [run for run in members if finished.get(run.id) and runs.finals(run, analysis.metric)]
         run = max(found, key=lambda run: finished[run.id].value, default=None)

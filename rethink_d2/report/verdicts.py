@@ -122,7 +122,7 @@ def verdicts(runs: Runs) -> list[Verdict]:
 
 
 def _verdict(runs, family):
-    arms = {arm: [run for run in family if run.arm == arm] for arm in ("scratch", "pretrained")}
+    arms = {arm: [run for run in family if run.arm == arm] for arm in paper.ARMS}
     metric = family[0].metric
     values = {run.id: runs.finals(run, metric) for run in family}
     finished = [run for run in arms["pretrained"] if values[run.id]]

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from rich.console import Console
 
+from ..paper import ARMS
 from ..preemption import EXIT_CODE
 from . import show
 from .costs import measure
@@ -31,7 +32,7 @@ def argument_parser():
     part = argparse.ArgumentParser(add_help=False)
     part.add_argument("--only", metavar="PATTERN", action="append", default=[], help="run ids: 'base-r50-*'")
     part.add_argument("--figure", metavar="N", action="append", default=[], help="1, or 'Table 3'")
-    part.add_argument("--arm", choices=("scratch", "pretrained"))
+    part.add_argument("--arm", choices=ARMS)
     part.add_argument("--schedules", metavar="2x,6x", type=lambda text: text.split(","), default=[])
     part.add_argument("--seeds", metavar="N", type=int, default=1, help="every run with seeds 1 to N")
     part.add_argument("--optional", action="store_true", help="also searches and other readings of the paper")
@@ -121,7 +122,10 @@ def run(args):
         sweep = SlurmSweep(out, nodes, num_gpus=args.num_gpus, options=slurm)
     text, code = summary(out, nodes, sweep.run())
     print(text, flush=True)
-    return code if code == EXIT_CODE else write_report(out) or code
+    if code == EXIT_CODE:
+        return code
+    reported = write_report(out)
+    return code or reported
 
 
 def show_plan(nodes, dot=False):
@@ -160,8 +164,9 @@ def cli(argv=None):
     """The command line.
 
     Returns:
-        int: 0; 1 where runs have failed; 2 where nothing was started because of an error; 75 where the sweep
-        or a run was stopped, and the same command goes on.
+        int: 0; 1 where runs have failed or have other settings now, or there was nothing to stop; 2 for an
+        error in what was asked for (jobs that Slurm has by then stay in its queue); 75 where the sweep or a
+        run was stopped, and the same command goes on.
     """
     args = argument_parser().parse_args(argv)
     try:

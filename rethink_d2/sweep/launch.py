@@ -223,7 +223,8 @@ def summary(out, nodes, outcome):
         outcome (dict[str, State or str]): by id, as :meth:`LocalSweep.run` returns it.
 
     Returns:
-        tuple[str, int]: lines, and the exit code: 0; 1 after a failure; 75 where only going on is left.
+        tuple[str, int]: lines, and the exit code: 0; 1 after a failure, or where settings have changed; 75
+        where only going on is left.
     """
     missing = {n.id: outcome.get(n.id, "not started") for n in nodes if outcome.get(n.id) != State.FINISHED}
     if not missing:

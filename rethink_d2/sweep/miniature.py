@@ -39,8 +39,8 @@ def mini_options(run: Run, one_x: int = MINI_ONE_X) -> list[str]:
     Args:
         run: any with a config, or what :func:`pretraining` returns.
         one_x: iterations of 16 images that 1x means. Beyond MINI_ONE_X, where comparing arms begins to mean
-            something, all 400 held-out images are evaluated every 2/3x: at the drops and ends of 2x, 4x and
-            6x. Pre-training has one length.
+            something, all 400 held-out images are evaluated every 2/3x: at the first drops and the ends of
+            2x, 4x and 6x. Pre-training has one length.
 
     Returns:
         alternating keys and values, as on the command line. MODEL.WEIGHTS is not among them.

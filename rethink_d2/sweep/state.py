@@ -3,8 +3,9 @@
 A run folder that a sweep has launched holds, beside what training writes there:
 
 - ``.claim``, locked by the sweep while it owns the run, and by the training that inherits the lock: it is
-  free only when both have ended, however they ended;
+  free only when both have ended, however they ended (of a Slurm job, by its first task);
 - ``launch.json``: {pid, started, host, launcher, job_id, identity, exit}, where and how it was launched last;
+  of a Slurm job that has not started, the launcher, job_id and identity;
 - ``launch.log``: what it printed;
 - ``.stop``, while it has been asked to stop.
 """
@@ -42,7 +43,7 @@ RESULTS = {"evaluate": "results.json", "search": "best.yaml"}
 TAIL = 1 << 16
 
 
-class State(str, enum.Enum):
+class State(enum.StrEnum):
     """Of a run: ``interrupted`` has ended without saying so, ``changed`` is another recipe's folder."""
 
     RUNNING = "running"
