@@ -39,6 +39,7 @@ from . import _glyph_render as render
 from ._glyph_render import CLASSIFICATION_CLASSES, DETECTION_CLASSES, KEYPOINT_NAMES
 
 __all__ = [
+    "CACHE_ENV",
     "CLASSIFICATION_CLASSES",
     "DETECTION_CLASSES",
     "KEYPOINT_FLIP_MAP",

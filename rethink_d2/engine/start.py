@@ -12,7 +12,7 @@ from ..files import read_json
 from ..solver.schedule import parse
 from . import checkpoint
 
-__all__ = ["Start", "agree_on", "find_start"]
+__all__ = ["CASCADE_CHANGE", "Start", "agree_on", "find_start"]
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet, build_resnet_backbone
 
-__all__ = ["build_scratch_resnet_backbone", "build_scratch_resnet_fpn_backbone"]
+__all__ = ["GN_GROUPS", "build_scratch_resnet_backbone", "build_scratch_resnet_fpn_backbone"]
 
 # detectron2.layers.get_norm fixes this number, and the paper (section 4) uses it, after "Group
 # Normalization".

@@ -11,7 +11,7 @@ from ..files import read_json
 from .lines import resolved
 from .manifest import ARMS, Run, load
 
-__all__ = ["Arm", "Localization", "localization", "table"]
+__all__ = ["FAMILIES", "Arm", "Localization", "localization", "table"]
 
 FAMILIES = {"localization-r50": "base-r50-gn", "localization-r101": "base-r101-gn"}
 

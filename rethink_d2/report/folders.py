@@ -16,7 +16,15 @@ from ..files import read_json
 from ..solver.schedule import ONE_X, REFERENCE_BATCH
 from ..sweep.state import TRAINING_LOCK, State, held, last_error
 
-__all__ = ["Evaluation", "RunFolder", "careful", "is_number", "metrics_rows", "read_folder"]
+__all__ = [
+    "READ",
+    "Evaluation",
+    "RunFolder",
+    "careful",
+    "is_number",
+    "metrics_rows",
+    "read_folder",
+]
 
 # What a page depends on, in a run folder.
 READ = ("run.json", "results.json", "metrics.json", "config.yaml", "launch.json")

@@ -8,7 +8,15 @@ from ..solver.schedule import REFERENCE_BATCH, parse
 from .noise import Difference, difference
 from .runs import Runs
 
-__all__ = ["MARGIN", "RULE", "Comparison", "Verdict", "by_schedule", "verdicts"]
+__all__ = [
+    "LOSS_RULE",
+    "MARGIN",
+    "RULE",
+    "Comparison",
+    "Verdict",
+    "by_schedule",
+    "verdicts",
+]
 
 # AP. With it, the paper's Table 1 gives 5x for both networks, as its section 5.1 says.
 MARGIN = 0.5

@@ -19,7 +19,15 @@ import torch
 from detectron2.solver import build_lr_scheduler as build_detectron2_lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["IterationLR", "Schedule", "build_lr_scheduler", "multiplier", "parse"]
+__all__ = [
+    "ONE_X",
+    "REFERENCE_BATCH",
+    "IterationLR",
+    "Schedule",
+    "build_lr_scheduler",
+    "multiplier",
+    "parse",
+]
 
 REFERENCE_BATCH = 16
 # Iterations of REFERENCE_BATCH images.

@@ -33,7 +33,26 @@ from ..preemption import EXIT_CODE
 from ..train import LOCK as TRAINING_LOCK
 from .plan import Node
 
-__all__ = ["Progress", "State", "held", "node_state", "planned", "progress", "queue", "recorded_state"]
+__all__ = [
+    "CLAIM",
+    "LAUNCH",
+    "LOG",
+    "PLAN",
+    "RESULTS",
+    "STOP",
+    "Progress",
+    "State",
+    "held",
+    "last_error",
+    "node_state",
+    "planned",
+    "progress",
+    "queue",
+    "recorded_state",
+    "remember",
+    "table",
+    "watch",
+]
 
 CLAIM, LAUNCH, LOG, STOP = ".claim", "launch.json", "launch.log", ".stop"
 PLAN = "sweep.json"
