@@ -63,7 +63,8 @@ def _differing(path, node, processes):
     except ValueError:
         return ""
     found = recipe.differences(then, recipe.settings(resolved(node, processes)))
-    return " (" + ", ".join(f"{k}: {old!r}, now {new!r}" for k, (old, new) in found.items()) + ")"
+    keys = ", ".join(f"{k}: {old!r}, now {new!r}" for k, (old, new) in found.items())
+    return f" ({keys or 'the content of its data or weights, or a version with other keys'})"
 
 
 def _recipes(out, unfinished, nodes, configs, processes):

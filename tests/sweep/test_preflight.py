@@ -65,6 +65,9 @@ def test_a_folder_of_another_recipe_is_refused_with_the_keys(tmp_path, state):
     other = mini("a/seed1", "SOLVER.GAMMA", "0.3")
     [problem] = preflight(str(tmp_path), [other])
     assert str(folder) in problem and "SOLVER.GAMMA: 0.1, now 0.3" in problem and "--out" in problem
+    (folder / "run.json").write_text(json.dumps({"identity": "of other annotations", "state": state}))
+    [problem] = preflight(str(tmp_path), [same])
+    assert "the content of its data or weights" in problem
 
 
 def test_finished_runs_need_nothing(tmp_path):
