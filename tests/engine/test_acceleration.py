@@ -25,6 +25,7 @@ def config(folder, *options):
     ]
     batch = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.IMS_PER_GROUP", "2", "SOLVER.CHECKPOINT_PERIOD", "0"]
     length = ["SOLVER.SCHEDULE", "", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "MODEL.DEVICE", "cpu"]
+    length += ["SOLVER.WARMUP_FACTOR", "1.0"]  # so that an update is far above rounding
     path = model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")
     return recipe.resolve(
         recipe.load(path, [*data, *batch, *length, "OUTPUT_DIR", str(folder), *map(str, options)]), 1
@@ -33,13 +34,21 @@ def config(folder, *options):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, glyph_cache):
-    trainer = Trainer(config(tmp_path_factory.mktemp("plain")))
-    trainer.train()
-    return trainer
+    """The first iteration without any of them."""
+    return first_iteration(config(tmp_path_factory.mktemp("plain")))
 
 
-def losses(trainer):
-    return [value for value, _ in trainer.storage.history("total_loss").values()]
+def first_iteration(cfg):
+    """Stop after one iteration; its loss, and by how much it changed the weights."""
+    trainer = Trainer(cfg, None, StopsAfter(0))
+    before = weights(trainer)
+    with pytest.raises(Preempted):
+        trainer.train()
+    return trainer.storage.history("total_loss").latest(), weights(trainer) - before
+
+
+def weights(trainer):
+    return torch.cat([p.detach().reshape(-1).double() for p in trainer.model.parameters()])
 
 
 @pytest.mark.parametrize(
@@ -53,20 +62,17 @@ def losses(trainer):
     ids=str,
 )
 def test_it_trains_the_same_and_resumes_exactly(plain, tmp_path, options):
-    trainer = Trainer(config(tmp_path / "a", *options))
-    trainer.train()
-    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-4)
-    after = trainer.model.state_dict()
-    assert after.keys() == plain.model.state_dict().keys()
-    for name, value in plain.model.state_dict().items():
-        torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-4)
+    cfg = config(tmp_path / "a", *options)
+    loss, step = first_iteration(cfg)
+    # One iteration, as then a last bit may choose other proposals; and all weights together, as a single bias
+    # may be a sum of large terms that nearly cancel.
+    assert loss == pytest.approx(plain[0], rel=1e-4)
+    assert (step - plain[1]).norm() <= 1e-3 * plain[1].norm()
 
-    cfg = config(tmp_path / "b", *options)
-    with pytest.raises(Preempted):
-        Trainer(cfg, None, StopsAfter(0)).train()
-    resumed = Trainer(cfg, find_start(cfg, resume=True))
-    resumed.train()
-    assert_equal(dict(resumed.model.state_dict()), dict(after))
+    resumed, unbroken = Trainer(cfg, find_start(cfg, resume=True)), Trainer(config(tmp_path / "b", *options))
+    for trainer in (resumed, unbroken):
+        trainer.train()
+    assert_equal(dict(resumed.model.state_dict()), dict(unbroken.model.state_dict()))
 
 
 def test_they_are_in_effect(tmp_path, glyph_cache):
