@@ -22,7 +22,7 @@ def checkpoints_kept(cfg):
     solver = cfg.SOLVER
     start = 0
     if solver.CASCADE_FROM:
-        start = parse(solver.CASCADE_FROM, solver.IMS_PER_BATCH).max_iter
+        start = parse(solver.CASCADE_FROM, solver.IMS_PER_BATCH, solver.ONE_X).max_iter
     count = 1
     if solver.CHECKPOINT_PERIOD > 0:
         count = math.ceil((solver.MAX_ITER - start) / solver.CHECKPOINT_PERIOD)

@@ -7,6 +7,7 @@ import threading
 
 import torch
 import torch.distributed as dist
+from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
@@ -49,7 +50,8 @@ def launch(main, args):
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo")
+    # As long as with Detectron2's launch: evaluation on one process may take longer than torch's 10 minutes.
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         main(args)

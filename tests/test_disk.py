@@ -24,7 +24,10 @@ def test_number_follows_the_keys():
     assert checkpoints_kept(config("SOLVER.CHECKPOINT_PERIOD", 0)) == 1
     few = ["SOLVER.CHECKPOINT_KEEP", 2, "SOLVER.BRANCH_POINTS", (9, 99), "SOLVER.CHECKPOINT_BEST", "bbox/AP"]
     assert checkpoints_kept(config(*few)) == 5
-    assert checkpoints_kept(config("SOLVER.CASCADE_FROM", "1x", "SOLVER.CHECKPOINT_PERIOD", 10_000)) == 9
+    cascade = config("SOLVER.CASCADE_FROM", "1x", "SOLVER.CHECKPOINT_PERIOD", 10_000)
+    assert checkpoints_kept(cascade) == 9
+    short = ["SOLVER.ONE_X", 90, "SOLVER.CASCADE_FROM", "1x", "SOLVER.CHECKPOINT_PERIOD", 10]
+    assert checkpoints_kept(config(*short)) == 9
 
 
 def test_what_does_not_fit_is_refused_with_the_cure():

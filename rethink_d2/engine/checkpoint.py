@@ -6,6 +6,7 @@ Beside it ``model_0000099.pth.sha256`` (as sha256sum writes it) proves that it i
 one of them. Files hold tensors and plain Python values only, so that they load with ``weights_only``.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -121,8 +122,15 @@ class CheckpointStore:
             if name.startswith(_TEMPORARY) or alone:
                 os.unlink(path)
 
+    @property
+    def failed(self):
+        """Whether a write in the background has failed: a state written now may yet save the run."""
+        return self._pending is not None and self._pending.done() and bool(self._pending.exception())
+
     def save(self, iteration, state, names=()):
         """Write the state after an iteration; any earlier write is completed first.
+
+        In the background a failure shows later; the next state is then written at once.
 
         Args:
             iteration (int): the last finished one.
@@ -130,38 +138,61 @@ class CheckpointStore:
             names (iterable[str]): further names for it, such as "model_final".
 
         Raises:
-            CheckpointError: this one (in the background: the one before) could not be written.
+            CheckpointError: it could not be written; in the background, neither could the one before.
         """
-        self.wait()
-        if self._thread is None:
-            self._write(iteration, state, names)
-        else:
+        if self._thread and not self._settle():
             self._pending = self._thread.submit(self._write, iteration, _to_cpu(state), names)
+        else:
+            self._write(iteration, state, names)
 
     def holds(self, iteration):
         """Whether the checkpoint of an iteration is there and whole; any earlier write is completed first."""
-        self.wait()
+        self._settle()
         return is_whole(self._path(iteration))
 
     def also(self, iteration, name):
-        """Give the newest checkpoint, that of this iteration, a further name, such as "model_best"."""
+        """Give the newest checkpoint, that of this iteration, a further name, such as "model_best".
+
+        Raises:
+            CheckpointError: it could not be.
+        """
         self.wait()
-        self._complete(self._path(iteration), [name])
+        path = self._path(iteration)
+        with self._reporting(path):
+            self._complete(path, [name])
 
     def wait(self):
-        """Return when nothing is being written any more; raises as :meth:`save`."""
+        """Return when nothing is being written any more.
+
+        Raises:
+            CheckpointError: the last write in the background failed.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def _settle(self):
+        """As :meth:`wait`, where another write is to follow; returns and reports a failure."""
+        try:
+            self.wait()
+        except CheckpointError as e:
+            logger.error("%s. Trying again", e)
+            return e
 
     def _path(self, iteration):
         return os.path.join(self.folder, f"model_{iteration:07d}.pth")
 
     def _write(self, iteration, state, names):
         path = self._path(iteration)
-        try:
+        with self._reporting(path):
             self._write_file(path, state)
             self._complete(path, names)
+
+    @contextlib.contextmanager
+    def _reporting(self, path):
+        """Say what to do where a file cannot be written, and go on without it if that is allowed."""
+        try:
+            yield
         except OSError as e:
             message = (
                 f"{path} could not be written ({e.strerror or e}); earlier checkpoints are as they were. "

@@ -55,6 +55,8 @@ class Checkpoints(HookBase):
     What comes after it in the list of hooks (evaluation, the row of metrics.json) is done again for the
     last iteration of a checkpoint by the run that resumes from it.
 
+    Where one could not be written in the background, the next iteration's is written in its place.
+
     Args:
         period (int): in iterations; 0 for the last and the branch points alone.
         branch_points (iterable[int]): iterations done after which one is written in any case.
@@ -67,7 +69,8 @@ class Checkpoints(HookBase):
         done = self.trainer.iter + 1
         periodic = self._period > 0 and done % self._period == 0
         stop = self.trainer.preempted
-        if periodic or stop or done in self._points or done == self.trainer.max_iter:
+        due = periodic or stop or done in self._points or done == self.trainer.max_iter
+        if due or self.trainer.checkpoint_failed:
             self.trainer.save_checkpoint()
         if stop:
             raise Preempted

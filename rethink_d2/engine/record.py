@@ -39,6 +39,17 @@ class RunRecord:
                 threads,
                 torch.get_num_threads(),
             )
+        versions = _versions()
+        changed = [
+            f"{name} {then}, now {versions.get(name, 'none')}"
+            for name, then in before.get("versions", {}).items()
+            if then != versions.get(name)
+        ]
+        if changed:
+            logger.warning(
+                "The run used %s: results will differ in the last bits from one with the same versions",
+                "; ".join(changed),
+            )
         self.value = {
             "schema": SCHEMA,
             "run_id": run_id,
@@ -48,7 +59,7 @@ class RunRecord:
             "parent": parent or before.get("parent"),
             "world_size": comm.get_world_size(),
             "threads": torch.get_num_threads(),
-            "versions": _versions(),
+            "versions": versions,
             "hardware": _hardware(),
             "started": before.get("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())),
             "last_error": None,

@@ -198,6 +198,11 @@ class Trainer(TrainerBase):
         self.skipped, self._scalars = saved["skipped"], saved["scalars"]
         self.images_seen.update(saved["images_seen"])
 
+    @property
+    def checkpoint_failed(self):
+        """Whether the last checkpoint could not be written; known to the main process alone."""
+        return self._store is not None and self._store.failed
+
     def save_checkpoint(self):
         """Write the state after the last finished iteration."""
         if self._store is None:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .. import recipe
+from ..disk import checkpoint_bytes
 from ..files import read_json
 from ..modeling.inspection import build_meta
 from ..paper import Run
@@ -100,14 +101,11 @@ def measure(nodes: Iterable) -> dict[str, float]:
 
 
 def checkpoint_gb(cfg) -> float:
-    """Size of one checkpoint: float32 parameters, buffers, and momentum of the parameters that train."""
+    """Size of one checkpoint; models that are built alike are measured once."""
     leaves = recipe.flatten(cfg.MODEL).items()
     key = json.dumps([leaf for leaf in leaves if leaf[0] not in ("WEIGHTS", "DEVICE")])
     if key not in _sizes:
-        model = build_meta(cfg)
-        parameters = list(model.parameters())
-        tensors = [*parameters, *(p for p in parameters if p.requires_grad), *model.buffers()]
-        _sizes[key] = 4e-9 * sum(tensor.numel() for tensor in tensors)
+        _sizes[key] = checkpoint_bytes(build_meta(cfg)) / 1e9
     return _sizes[key]
 
 

@@ -31,6 +31,18 @@ def test_a_second_start_keeps_when_the_run_began_and_adds_its_time(tmp_path):
     assert value["state"] == "done" and value["last_error"] is None
 
 
+def test_other_library_versions_are_said(tmp_path, caplog):
+    made = {"run_id": "r", "identity": "i", "seed": 1}
+    record = RunRecord(str(tmp_path), **made)
+    RunRecord(str(tmp_path), **made)
+    assert not caplog.text
+    torch_now = record.value["versions"]["torch"]
+    record.value["versions"]["torch"] = "1.0"
+    record.write("preempted")
+    RunRecord(str(tmp_path), **made)
+    assert f"torch 1.0, now {torch_now}" in caplog.text
+
+
 def failing_one_after_the_other(folder, first):
     record = RunRecord(folder, run_id="r", identity="i", seed=1)
     dist.barrier()

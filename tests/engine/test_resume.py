@@ -1,5 +1,6 @@
 """Interrupted and branched runs end with the weights of the run alone, bit for bit. On the toy model."""
 
+import errno
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import signal
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.engine import HookBase
 from toy import config, register_images
 
 from rethink_d2 import recipe
@@ -240,7 +242,33 @@ def test_training_goes_on_without_checkpoints_if_asked(tmp_path, full_disk, capl
     store = checkpoint.CheckpointStore(str(tmp_path), required=False)
     full_disk(100_000)
     store.save(2, {"model": {"w": torch.zeros(100_000)}})
-    assert "could not be written" in caplog.text
+    store.also(2, "model_best")
+    assert caplog.text.count("could not be written") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_one_iteration(data, unbroken, tmp_path, monkeypatch):
+    """In the background; not the time until the next checkpoint, nor the run."""
+    write, tried = checkpoint.CheckpointStore._write_file, []
+
+    def full_once(store, path, state):
+        tried.append(state["iteration"])
+        if len(tried) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(store, path, state)
+
+    class Waits(HookBase):
+        def after_step(self):
+            if len(tried) == 1:
+                trainer._store._pending.exception()  # until it has failed
+
+    monkeypatch.setattr(checkpoint.CheckpointStore, "_write_file", full_once)
+    trainer = Trainer(config(data, tmp_path, *LONG, "SOLVER.CHECKPOINT_BACKGROUND", True))
+    trainer.register_hooks([Waits()])
+    trainer.train()
+    assert tried[:3] == [3, 4, 7]
+    assert list(checkpoint.checkpoints(str(tmp_path))) == [17, 15, 11, 7, 4]
+    assert_same_run(tmp_path, unbroken)
 
 
 def test_leftovers_of_a_killed_write_are_removed(tmp_path):
