@@ -9,7 +9,7 @@ def _published(run):
     if run is None:
         return "nothing for this recipe"
     if run.published is None:
-        return "only as a picture" + (f" ({run.source})" if run.source else "")
+        return "no number" + (f" ({run.source})" if run.source else "")
     return f"{run.metric} {run.published} ({run.source})"
 
 

@@ -20,7 +20,9 @@ def cli(argv=None):
     Returns:
         int: 0, or 2 where an argument or a file is wrong.
     """
-    parser = argparse.ArgumentParser(description="Draw a model's detections on images.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rethink_d2.predict", description="Draw a model's detections on images."
+    )
     parser.add_argument("--config-file", required=True, help="the model's config")
     parser.add_argument("--input", nargs="+", required=True, help="image files")
     parser.add_argument("--output", default="output/predictions", help="folder for the pictures")
@@ -32,13 +34,13 @@ def cli(argv=None):
         cfg = recipe.load(args.config_file, args.opts)
         if not os.path.isfile(args.weights) and "://" not in args.weights:
             raise ValueError(f"--weights {args.weights}: no such file")
+        cfg.MODEL.WEIGHTS = ""
+        fall_back_to_cpu(cfg)
+        predictor = DefaultPredictor(cfg)
+        SafeCheckpointer(predictor.model).load(args.weights)
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    cfg.MODEL.WEIGHTS = ""
-    fall_back_to_cpu(cfg)
-    predictor = DefaultPredictor(cfg)
-    SafeCheckpointer(predictor.model).load(args.weights)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     os.makedirs(args.output, exist_ok=True)
     unreadable = 0

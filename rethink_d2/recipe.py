@@ -16,10 +16,11 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
-from .checks import Problem, check, nearest
+from .checks import Problem, check
 from .config import add_rethink_config
 from .data.index import dataset_digest
 from .solver.schedule import parse
+from .spelling import nearest
 
 __all__ = [
     "EVALUATION_KEYS",
@@ -202,10 +203,11 @@ def load(config_file, opts):
     if config_file:
         try:
             tree = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
-        except FileNotFoundError as e:
+        except OSError as e:
             at = e.filename or config_file
             by = "" if at == config_file else f" (a _BASE_ of {config_file})"
-            raise ValueError(f"there is no config file {at}{by}") from e
+            why = "" if isinstance(e, FileNotFoundError) else f": {e.strerror}"
+            raise ValueError(f"there is no config file {at}{by}{why}") from e
         except (yaml.YAMLError, AssertionError, TypeError, AttributeError) as e:
             raise ValueError(f"{config_file} is not a config file: {e}") from e
         if not isinstance(tree, dict):

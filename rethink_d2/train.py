@@ -6,18 +6,19 @@ import os
 import sys
 
 import torch
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from filelock import FileLock, Timeout
 
 from . import paper, recipe
+from .checks import UNBUILDABLE
 from .data.files import missing_files
 from .data.loader import count_images
 from .dry_run import summary
-from .engine.checkpoint import CheckpointError
+from .engine import checkpoint
 from .engine.record import RunRecord
-from .engine.start import agree_on, find_start
+from .engine.start import agree_on, find_start, find_weights
 from .engine.trainer import Trainer, build_initialized_model, evaluate_all
 from .files import read_json
 from .launch import fall_back_to_cpu, launch, share_cores, under_torchrun, world_size
@@ -31,9 +32,10 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 
 MEMORY_ADVICE = (
-    "The GPU ran out of memory. What helps, first to last: SOLVER.IMS_PER_GROUP 1 (the same batch in "
-    "smaller steps), SOLVER.AMP.ENABLED True (about half the memory), more processes (--num-gpus), "
-    "and, where the paper's setting need not be kept, a smaller INPUT.MAX_SIZE_TRAIN."
+    "The GPU ran out of memory. What helps, first to last: SOLVER.IMS_PER_GROUP 1 (a batch of the same size "
+    "in smaller steps, but not with SyncBN), SOLVER.AMP.ENABLED True (about half the memory), and, where the "
+    "paper's setting need not be kept, a smaller INPUT.MAX_SIZE_TRAIN. Each is another recipe: start anew, "
+    "or go on by --resume with --allow-config-change and the key."
 )
 
 
@@ -75,14 +77,18 @@ def prepare(args):
         ValueError: a bad key, value, or number of processes, with the cure.
     """
     cfg = recipe.load(args.config_file, args.opts)
-    if args.num_gpus > 1 and not torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu":
-        raise ValueError(
-            f"--num-gpus {args.num_gpus}: this machine has no CUDA GPU. To train with several CPU "
-            "processes, add MODEL.DEVICE cpu"
-        )
-    fall_back_to_cpu(cfg)
-    if cfg.MODEL.DEVICE == "cuda" and args.num_gpus > torch.cuda.device_count():
-        raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
+    if args.num_gpus < 1:
+        raise ValueError(f"--num-gpus {args.num_gpus}: at least 1 process is needed, without a GPU too")
+    several = args.num_gpus > 1
+    if not (args.dry_run and several):  # several GPUs may be another machine's, which it is planned for
+        if several and not torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu":
+            raise ValueError(
+                f"--num-gpus {args.num_gpus}: this machine has no CUDA GPU. To train with several CPU "
+                "processes, add MODEL.DEVICE cpu"
+            )
+        fall_back_to_cpu(cfg)
+        if cfg.MODEL.DEVICE == "cuda" and args.num_gpus > torch.cuda.device_count():
+            raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
     cfg = recipe.resolve(cfg, world_size(args))
     cfg.freeze()
     return cfg
@@ -100,7 +106,7 @@ def main(args):
     """One process of a run: train, or evaluate with ``--eval-only``."""
     share_cores()
     cfg = prepare(args)
-    default_setup(cfg, args)
+    default_setup(_setup_of(cfg, args), args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="rethink_d2", abbrev_name="r2")
     if comm.is_main_process():
         for problem in recipe.check(cfg, comm.get_world_size()):
@@ -108,12 +114,22 @@ def main(args):
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("No GPU in use: running on the CPU with %d threads", torch.get_num_threads())
     if args.eval_only:
-        return evaluate_only(cfg, args)
-    with Preemption() as preemption:
-        with lock_folder(cfg, 10) if comm.is_main_process() else contextlib.nullcontext():
-            start = agree_on(start_of(cfg, args) if comm.is_main_process() else None)
-            train(cfg, args, start, preemption)
-            comm.synchronize()  # none ends, and so has the others ended, before the record is written
+        with alone(cfg):
+            return evaluate_only(cfg, args)
+    with Preemption() as preemption, alone(cfg):
+        start = agree_on(start_of(cfg, args) if comm.is_main_process() else None)
+        train(cfg, args, start, preemption)
+        comm.synchronize()  # none ends, and so has the others ended, before the record is written
+
+
+def _setup_of(cfg, args):
+    """What Detectron2's set-up may write down: not the config of a run that is only evaluated."""
+    if not args.eval_only or not checkpoint.checkpoints(cfg.OUTPUT_DIR):
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = None
+    return cfg
 
 
 def train(cfg, args, start, preemption):
@@ -127,8 +143,17 @@ def train(cfg, args, start, preemption):
         seed=cfg.SEED,
         parent=start.parent,
     )
+    period = cfg.SOLVER.CHECKPOINT_PERIOD
+
+    def keep_time(trainer):
+        """With each checkpoint, so that of a run that is killed what it keeps is counted."""
+        if period > 0 and (trainer.iter + 1) % period == 0:
+            record.write("running")
+
     try:
-        Trainer(cfg, start, preemption).train()
+        trainer = Trainer(cfg, start, preemption)
+        trainer.register_hooks([hooks.CallbackHook(after_step=keep_time)])
+        trainer.train()
     except Preempted:
         record.write("preempted")
         logger.info("Stopped as asked; --resume goes on from here")
@@ -148,8 +173,18 @@ def start_of(cfg, args):
     )
 
 
+def weights_of(cfg, args):
+    """What is evaluated; see :func:`rethink_d2.engine.start.find_weights`."""
+    return find_weights(cfg, resume=args.resume, allow=args.allow_config_change or ())
+
+
+def alone(cfg):
+    """A context in which no other run writes to OUTPUT_DIR; the main process sees to it."""
+    return lock_folder(cfg, 10) if comm.is_main_process() else contextlib.nullcontext()
+
+
 def lock_folder(cfg, seconds):
-    """Become the one process that trains in OUTPUT_DIR.
+    """Become the one process that trains, or evaluates, in OUTPUT_DIR.
 
     Args:
         seconds (float): how long to wait for another one to end.
@@ -158,22 +193,21 @@ def lock_folder(cfg, seconds):
         a context that ends the lock. The lock is the system's: it goes with the process, however that ends.
 
     Raises:
-        ValueError: another process trains there.
+        ValueError: another process does.
     """
     try:
         return FileLock(os.path.join(cfg.OUTPUT_DIR, LOCK)).acquire(seconds)
     except Timeout as e:
         raise ValueError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: another process is training there; wait for it, stop it, or "
-            "set another OUTPUT_DIR"
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: another process is at work there; wait for it, stop "
+            "it, or set another OUTPUT_DIR"
         ) from e
 
 
 def evaluate_only(cfg, args):
-    """Evaluate MODEL.WEIGHTS (with ``--resume`` the run's newest checkpoint) on DATASETS.TEST."""
+    """Evaluate on DATASETS.TEST."""
     model = build_initialized_model(cfg)
-    checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
-    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    loaded = SafeCheckpointer(model).load(weights_of(cfg, args))
     evaluate_all(cfg, model, loaded.get("iteration", -1) + 1)
 
 
@@ -188,11 +222,11 @@ def cli(argv=None):
     training = not args.eval_only and not args.dry_run
     try:
         cfg = prepare(args)
-        if training and not under_torchrun():
+        if not args.dry_run and not under_torchrun():
             if os.path.exists(os.path.join(cfg.OUTPUT_DIR, LOCK)):
                 lock_folder(cfg, 0).lock.release()
-            start_of(cfg, args)
-    except (ValueError, CheckpointError) as e:
+            (start_of if training else weights_of)(cfg, args)
+    except (ValueError, checkpoint.CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     problems = recipe.check(cfg, world_size(args))
@@ -200,7 +234,7 @@ def cli(argv=None):
         problems = [p for p in problems if p.key in recipe.EVALUATION_KEYS]
     for problem in problems:
         print(f"{problem.level}: {problem}", file=sys.stderr)
-    if args.dry_run:
+    if args.dry_run and not any(p.key == UNBUILDABLE for p in problems):
         dry_run(cfg, args)
     if any(p.level == "error" for p in problems):
         return 2

@@ -1,6 +1,7 @@
 """Shared by all tests. Small genuine COCO and VOC data is used where it is found."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell that starts tests in the background has them, and all they start, ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small models gain nothing by more threads, which wait for each other on a busy machine.
 torch.set_num_threads(1)

@@ -35,7 +35,10 @@ def test_pictures_are_written_and_unreadable_files_named(weights, tmp_path, caps
     assert predict.cli([*args, "--input", str(good)]) == 0
 
 
-def test_missing_weights_are_named(tmp_path, capsys):
+def test_missing_or_wrong_weights_are_named(tmp_path, capsys):
     args = ["--config-file", model_zoo.get_config_file(CONFIG), "--input", "a.jpg"]
-    assert predict.cli([*args, "--weights", str(tmp_path / "none.pth")]) == 2
-    assert "none.pth" in capsys.readouterr().err
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "another.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for name in ("none.pth", "another.pth", "text.pth"):
+        assert predict.cli([*args, "--weights", str(tmp_path / name)]) == 2
+        assert name in capsys.readouterr().err

@@ -3,11 +3,17 @@
 Every rule is a generator of :class:`Problem`; :func:`check` runs them all, so one look shows everything.
 """
 
+import os
+import traceback
+
 from ..modeling.inspection import build_meta, norms
 from . import model, training
-from .problem import Problem, Subject, nearest
+from .problem import Problem, Subject
 
-__all__ = ["Problem", "check", "nearest"]
+__all__ = ["UNBUILDABLE", "Problem", "check"]
+
+# The key of the problem that there is no model to look at.
+UNBUILDABLE = "MODEL"
 
 
 def check(cfg, world_size=1):
@@ -24,8 +30,10 @@ def check(cfg, world_size=1):
     try:
         built = build_meta(cfg)
     except Exception as e:
-        what = f"the model cannot be built ({type(e).__name__}: {e})"
-        problems.append(Problem("MODEL", what, "correct the keys of the part that it names"))
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        where = f"{type(e).__name__} in {os.path.basename(at.filename)}, {at.name}: {e or at.line}"
+        what = f"the model cannot be built ({where})"
+        problems.append(Problem(UNBUILDABLE, what, "correct the keys of the part that it names"))
     subject = Subject(cfg, max(1, world_size), built, norms(built) if built is not None else {})
     for rule in model.RULES + training.RULES:
         try:

@@ -7,7 +7,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..modeling import INITIALIZATION_REGISTRY
 from ..modeling.weights import known_weights
-from .problem import BODY, Problem, nearest
+from ..spelling import nearest
+from .problem import BODY, Problem
 
 # Fewer images than this make batch statistics too noisy to train detectors on.
 MIN_SYNCBN_IMAGES = 8
@@ -87,9 +88,8 @@ def _weights(s):
     if "://" not in path:
         if not PathManager.isfile(path):
             hint = f' (or did you mean "catalog://{path}"?)' if path.startswith("ImageNetPretrained/") else ""
-            yield Problem(
-                "MODEL.WEIGHTS", f"there is no file {os.path.abspath(path)}", f"correct the path{hint}"
-            )
+            cure = f"correct the path, or finish the run that writes it{hint}"
+            yield Problem("MODEL.WEIGHTS", f"there is no file {os.path.abspath(path)}", cure)
     elif path.startswith("catalog://"):
         try:
             ModelCatalog.get(path.removeprefix("catalog://"))

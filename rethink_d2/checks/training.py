@@ -12,7 +12,8 @@ from ..data.classification import class_names
 from ..data.files import data_paths, is_generated, missing_files, remedy
 from ..disk import checkpoint_bytes, checkpoints_kept
 from ..solver.schedule import parse
-from .problem import Problem, nearest
+from ..spelling import nearest
+from .problem import Problem
 
 # Keys with few values, and why no others.
 CHOICES = {

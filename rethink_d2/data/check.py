@@ -35,7 +35,7 @@ from tabulate import tabulate
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..checks import nearest
+from ..spelling import nearest
 from .classification import class_names
 from .files import is_generated, missing_files, remedy
 from .voc import image_ids, list_file, read_annotation

@@ -12,7 +12,7 @@ from ..files import read_json
 from ..solver.schedule import parse
 from . import checkpoint
 
-__all__ = ["CASCADE_CHANGE", "Start", "agree_on", "find_start"]
+__all__ = ["CASCADE_CHANGE", "Start", "agree_on", "find_start", "find_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,40 @@ def find_start(cfg, *, resume=False, branch_from=None, allow=()):
             "give --branch-from and the folder of that run"
         )
     return Start()
+
+
+def find_weights(cfg, *, resume=False, allow=()):
+    """Decide which weights an evaluation alone is of, and prove that its results may go where they would.
+
+    Args:
+        cfg (CfgNode): the resolved config.
+        resume (bool): take the newest whole checkpoint of OUTPUT_DIR if there is any, not MODEL.WEIGHTS.
+        allow (iterable[str]): keys that may differ from those of a run in OUTPUT_DIR.
+
+    Returns:
+        str: a path or name, as MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: there are no weights, or OUTPUT_DIR holds a run, whose results.json it would change,
+            and they are another run's or its settings are not these.
+    """
+    folder, weights = cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS
+    own = checkpoint.checkpoints(folder)
+    newest = _newest_whole(own.values())
+    if resume and newest:
+        weights = newest
+    if not weights:
+        hint = f", or give --resume for the newest checkpoint of OUTPUT_DIR {folder}" if newest else ""
+        raise ValueError(f"--eval-only: there are no weights to evaluate; set MODEL.WEIGHTS{hint}")
+    if newest:
+        elsewhere = f"results of another model would be among those of the run in OUTPUT_DIR {folder}"
+        if os.path.realpath(os.path.dirname(weights)) != os.path.realpath(folder):
+            raise ValueError(f"MODEL.WEIGHTS {weights}: {elsewhere}; set another OUTPUT_DIR")
+        differing = recipe.differences(_settings(newest), recipe.settings(cfg))
+        cure = "set them back, set another OUTPUT_DIR, or accept one with --allow-config-change KEY"
+        # The run's own weights, and further data sets, change nothing that it says already.
+        _refuse(differing, (*allow, "MODEL.WEIGHTS", "DATASETS."), folder, cure)
+    return weights
 
 
 def _resume(cfg, own, allow):
@@ -154,7 +188,12 @@ def _settings(path):
     return json.loads(text)
 
 
-def _refuse(differing, allow, where):
+def _refuse(
+    differing,
+    allow,
+    where,
+    cure="set them back, or accept a run that is not one recipe with --allow-config-change KEY",
+):
     """Raise for keys that change what was trained already."""
     wrong = [
         f"{key}: {old!r} there, {new!r} now"
@@ -164,9 +203,7 @@ def _refuse(differing, allow, where):
     ]
     if wrong:
         raise ValueError(
-            f"{where} was trained with other settings:\n  "
-            + "\n  ".join(wrong)
-            + "\nSet them back, or accept a run that is not one recipe with --allow-config-change KEY"
+            f"{where} was trained with other settings:\n  " + "\n  ".join(wrong) + f"\nWhat helps: {cure}"
         )
 
 

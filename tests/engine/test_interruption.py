@@ -200,7 +200,7 @@ def test_only_one_process_trains_in_a_folder(glyph_cache, tmp_path):
         first.until_checkpoint()
         with Process(tmp_path / "run", *args) as second:
             assert second.end() == 2
-            assert "another process is training there" in second.output
+            assert "another process is at work there" in second.output
             assert "Traceback" not in second.output
         assert "Traceback" not in first.output
         first.until_checkpoint()  # nothing stopped it
@@ -216,7 +216,7 @@ def test_of_two_that_start_together_one_trains(glyph_cache, tmp_path):
         while one.running() and other.running():
             time.sleep(0.1)
         refused, trains = (other, one) if one.running() else (one, other)
-        assert refused.end() != 0 and "another process is training there" in refused.output
+        assert refused.end() != 0 and "another process is at work there" in refused.output
         trains.until_checkpoint()
 
 

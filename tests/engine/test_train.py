@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -59,6 +60,34 @@ def test_evaluation_alone_repeats_the_training_runs_numbers(finished, run_train,
     assert alone == pytest.approx(during)
 
 
+def test_evaluation_in_a_run_s_folder_leaves_its_record_as_it_is(finished, run_train, tmp_path, capsys):
+    from rethink_d2.train import cli
+
+    names = ("config.yaml", "run.json", "results.json")
+    before = {name: (finished / name).read_text() for name in names}
+    here = ["--eval-only", "--config-file", MINI, *TINY, *SHORT, "OUTPUT_DIR", str(finished)]
+    own, other = finished / "model_final.pth", tmp_path / "other.pth"
+    shutil.copy(own, other)
+    for options, words in (
+        ([], "--resume"),
+        (["MODEL.WEIGHTS", str(other)], "set another OUTPUT_DIR"),
+        (["MODEL.WEIGHTS", str(own), "MODEL.ROI_HEADS.NMS_THRESH_TEST", "0.1"], "NMS_THRESH_TEST"),
+    ):
+        assert cli([*here, *options]) == 2
+        assert words in capsys.readouterr().err
+    done = run_train("--resume", *here, "SOLVER.SCHEDULE", "7")
+    assert done.returncode == 0, done.stderr
+    assert {name: (finished / name).read_text() for name in names} == before
+
+
+def test_evaluation_needs_weights(capsys, tmp_path):
+    from rethink_d2.train import cli
+
+    assert cli(["--eval-only", "--config-file", MINI, *TINY, "OUTPUT_DIR", str(tmp_path / "out")]) == 2
+    assert "MODEL.WEIGHTS" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_repeats_what_was_lost(finished, run_train):
     before = torch.load(finished / "model_final.pth", weights_only=True)["model"]
     rows_before = (finished / "results.json").read_text()
@@ -85,6 +114,36 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(run_train, tmp_path):
     assert not list(tmp_path.iterdir()), done.stdout
     for expected in ("480,000", "520,000", "540,000", "0.02", "41.3", "msra", "53 GN", "frozen", "nothing"):
         assert expected in done.stdout, expected
+
+
+def test_a_dry_run_may_be_of_a_larger_machine(capsys, tmp_path):
+    from rethink_d2.train import cli
+
+    config = model_zoo.get_config_file("scratch/scratch_mask_rcnn_R_50_FPN_gn_6x.yaml")
+    opts = ["DATASETS.TRAIN", "('glyphs_tiny_train',)", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path)]
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "20"]
+    assert cli(["--dry-run", "--num-gpus", "8", "--config-file", config, *opts]) == 0
+    assert "8 on cuda" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_no_model_says_what_is_wrong_alone(capsys):
+    from rethink_d2.train import cli
+
+    for options, words in (
+        (["MODEL.RESNETS.DEPTH", "51"], "51"),
+        (["MODEL.FPN.IN_FEATURES", "[]"], "AssertionError in"),
+    ):
+        assert cli(["--dry-run", "--config-file", MINI, *options]) == 2
+        said = capsys.readouterr()
+        assert words in said.err and "cannot be built" in said.err and not said.out
+
+
+@pytest.mark.parametrize("args", [("--num-gpus", "0"), ("--config-file", "/")])
+def test_wrong_arguments_are_named(args, capsys):
+    from rethink_d2.train import cli
+
+    assert cli(["--dry-run", "--config-file", MINI, *args]) == 2
+    assert args[-1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
