@@ -36,6 +36,10 @@ def draw_ground_truth(record, metadata, scale=1.0):
     return visualizer.draw_dataset_dict(record).get_image()[:, :, ::-1]
 
 
+def _without_mask(annotation):
+    return {key: value for key, value in annotation.items() if key != "segmentation"}
+
+
 def detections_picture(predictor, name, path, count=4, threshold=0.5):
     """Save ground truth (above) and detections (below) of the first images of a data set.
 
@@ -52,6 +56,8 @@ def detections_picture(predictor, name, path, count=4, threshold=0.5):
         image = cv2.imread(record["file_name"])
         instances = predictor(image)["instances"]
         detected = draw_detections(image, instances[instances.scores > threshold], metadata, scale=3)
+        if not instances.has("pred_masks"):
+            record = {**record, "annotations": [_without_mask(a) for a in record["annotations"]]}
         pictures = (draw_ground_truth(record, metadata, scale=3), detected)
         for axis, picture, title in zip(column, pictures, ("ground truth", "detected"), strict=True):
             axis.imshow(np.ascontiguousarray(picture[:, :, ::-1]))
