@@ -36,6 +36,7 @@ CAPTIONS = {
     "Fig 7": "Fewer images: 35k with the default settings, 35k and 10k with searched ones.",
     "Fig 8": "1k images: training loss, and box AP on val2017.",
 }
+MINIATURE = "(Here in miniature, on built-in data.)"
 BASELINES, ENHANCED = (
     "Table 2",
     ("baseline", "train aug", "cascade + train aug", "cascade + train/test aug"),
@@ -157,6 +158,8 @@ def figures(runs: Runs) -> list[Figure]:
 
 
 def _families(members):
+        if runs.miniature and name != "Fig 2":  # which shows no runs
+            caption = f"{caption} {MINIATURE}"
     found = {}
     for run in members:
         found.setdefault(run.family, []).append(run)

@@ -1,8 +1,10 @@
 """The report: one page that holds everything, and beside it pictures, data and tables."""
 
 import datetime
+import functools
 import glob
 import os
+import sys
 import time
 from collections import Counter
 from urllib.parse import quote
@@ -61,7 +63,7 @@ def write_report(out: str) -> str:
     """Make the report of an output folder in its folder ``report``.
 
     Beside the page there are ``figure_<n>`` as PNG, PDF and CSV, ``tables.md`` and ``tables.csv``. The page
-    is written last, and every file whole or not at all.
+    is written last, and every file whole or not at all. Runs that are left out are named on stderr.
 
     Args:
         out: the output folder; running, failed and damaged runs may be in it.
@@ -74,14 +76,18 @@ def write_report(out: str) -> str:
     """
     runs = find_runs(out)
     folder = os.path.join(out, FOLDER)
+    if runs.left_out:
+        _say(runs.left_out)
     drawn = figures.figures(runs)
     for figure in drawn:
         if figure.panels:
             _write_figure(folder, figure)
     judged, made = verdicts(runs), tables.tables(runs)
-    mini = any(f.mini and f.run for f in runs.folders)
     lines = [f"- {v.family} ({tables.metric_name(v.metric)}): {v.sentence}" for v in judged]
-    parts = [*([f"*Runs are {MINIATURE}.*"] if mini else []), *(["\n".join(lines)] if lines else [])]
+    parts = [
+        *([f"*Runs are {MINIATURE}.*"] if runs.miniature else []),
+        *(["\n".join(lines)] if lines else []),
+    ]
     write_atomically(os.path.join(folder, "tables.md"), "\n\n".join([*parts, tables.to_markdown(made)]))
     write_atomically(os.path.join(folder, "tables.csv"), tables.to_csv(made))
     states = Counter(folder.state for folder in runs.folders)
@@ -89,7 +95,8 @@ def write_report(out: str) -> str:
         title=os.path.basename(os.path.abspath(out)),
         made=time.strftime("%Y-%m-%d %H:%M"),
         states=[(state.value, states[state]) for state in State if states[state]],
-        mini=MINIATURE if mini else "",
+        mini=MINIATURE if runs.miniature else "",
+        left_out=runs.left_out,
         problems=runs.problems,
         galleries=[
             (os.path.splitext(name)[0], quote(f"gallery/{name}"))
@@ -113,6 +120,12 @@ def write_report(out: str) -> str:
 
 
 def _template():
+@functools.cache
+def _say(line):
+    """On stderr, once: the report may be made every few seconds."""
+    print(line, file=sys.stderr, flush=True)
+
+
     loader = FileSystemLoader(os.path.dirname(__file__))
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return made.get_template("page.html")
