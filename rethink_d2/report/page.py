@@ -10,6 +10,7 @@ from collections import Counter
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from ..files import replace_atomically, write_atomically
@@ -17,7 +18,7 @@ from ..sweep.state import State
 from . import figures, tables
 from .charts import charts
 from .folders import is_number
-from .pictures import render
+from .pictures import DIGEST, digest, render
 from .runs import find_runs
 from .verdicts import LOSS_RULE, RULE, verdicts
 
@@ -75,9 +76,9 @@ def write_report(out: str) -> str:
         ValueError: there is no run in the folder.
     """
     runs = find_runs(out)
-    folder = os.path.join(out, FOLDER)
     if runs.left_out:
         _say(runs.left_out)
+    folder = os.path.join(out, FOLDER)
     drawn = figures.figures(runs)
     for figure in drawn:
         if figure.panels:
@@ -119,34 +120,35 @@ def write_report(out: str) -> str:
     return path
 
 
-def _template():
 @functools.cache
 def _say(line):
     """On stderr, once: the report may be made every few seconds."""
     print(line, file=sys.stderr, flush=True)
 
 
+def _template():
     loader = FileSystemLoader(os.path.dirname(__file__))
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return made.get_template("page.html")
 
 
 def _write_figure(folder, figure):
-    """Pictures take longest, so they are drawn only where the data have changed."""
+    """Pictures take longest, so they are drawn only where they would change; the PNG, written last, tells."""
     stem = os.path.join(folder, f"figure_{figure.number}")
-    text, files = figures.to_csv(figure), {kind: f"{stem}.{kind}" for kind in ("png", "pdf")}
-    if _read(f"{stem}.csv") == text and all(map(os.path.exists, files.values())):
+    others = f"{stem}.csv", f"{stem}.pdf"
+    if all(map(os.path.exists, others)) and _digest(f"{stem}.png") == digest(figure):
         return
+    write_atomically(others[0], figures.to_csv(figure))
     for kind, content in render(figure).items():
-        with replace_atomically(files[kind]) as f:
+        with replace_atomically(f"{stem}.{kind}") as f:
             f.write(content)
-    write_atomically(f"{stem}.csv", text)
 
 
-def _read(path):
+def _digest(path):
+    """What a PNG was drawn from; None where there is none, or another program's."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            return f.read()
+        with Image.open(path) as image:
+            return image.info.get(DIGEST)
     except OSError:
         return None
 
