@@ -132,7 +132,7 @@ def main(args):
         return code
     detections = os.path.join(out, "detections.png")
     picture(nodes, detections)
-    runs = find_runs(out)
+    runs = find_runs(out, mini.one_x)
     print(f"\n{table(runs, nodes)}\n")
     for verdict in verdicts(runs):
         print(*filter(None, (verdict.loss_sentence, verdict.sentence)), sep="; ")

@@ -94,12 +94,14 @@ def _add_line(made, line):
         name=line.name,
         mode="lines+markers",
         line={"color": color, "width": 1.8},
-        # The end of a finished run is a dot; the other points are there for the pointer only.
+        # The end of a finished run is a dot, its first point alone an open one; the others are there for the
+        # pointer only.
         marker={
-            "size": [0] * (points - 1) + [8 if line.finished else 0],
+            "size": [0] * (points - 1) + [8 if line.finished else 6 if line.lone else 0],
+            "symbol": "circle-open" if line.lone else "circle",
             "color": color,
             "opacity": 1,
-            "line": {"width": 0},
+            "line": {"width": 1.5 if line.lone else 0},
         },
         text=texts,
         hovertemplate="%{text}<extra></extra>",
@@ -111,6 +113,13 @@ def _add_bars(made, panel, bar):
     noise = None
     if any(value is not None for value in bar.noise):
         noise = {"type": "data", "array": [value or 0 for value in bar.noise], "thickness": 1, "width": 3}
+    said = []
+    for category, y, spread, seeds in zip(panel.categories, bar.y, bar.noise, bar.seeds, strict=True):
+        text = "" if y is None else f"{category}: {y:.3g}"
+        over = (
+            "" if seeds is None else " (one seed)" if spread is None else f" ± {spread:.2f} ({seeds} seeds)"
+        )
+        said.append(text + over)
     base = None
     if panel.stacked:
         before = [other.y for other in panel.bars[: panel.bars.index(bar)]]
@@ -127,8 +136,8 @@ def _add_bars(made, panel, bar):
         textposition="auto" if panel.stacked else "none",
         textangle=0,
         cliponaxis=False,
-        customdata=list(panel.categories),
-        hovertemplate="<b>" + bar.name + "</b><br>%{customdata}: %{text}<extra></extra>",
+        customdata=said,
+        hovertemplate="<b>" + bar.name + "</b><br>%{customdata}<extra></extra>",
     )
 
 

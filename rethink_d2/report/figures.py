@@ -36,6 +36,7 @@ CAPTIONS = {
     "Fig 7": "Fewer images: 35k with the default settings, 35k and 10k with searched ones.",
     "Fig 8": "1k images: training loss, and box AP on val2017.",
 }
+MINIATURE = "(Here in miniature, on built-in data.)"
 BASELINES, ENHANCED = (
     "Table 2",
     ("baseline", "train aug", "cascade + train aug", "cascade + train/test aug"),
@@ -66,6 +67,11 @@ class Line:
     notes: tuple[str, ...]
     finished: bool
 
+    @property
+    def lone(self) -> bool:
+        """Whether it is one point of which no line can be drawn, and no end."""
+        return len(self.x) == 1 and not self.finished
+
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
@@ -85,6 +91,7 @@ class Bars:
         arm, name: of the bars.
         y: by category; None for none.
         noise: standard deviation over the seeds; None of one seed.
+        seeds: how many; None of what is no run.
         faded: whether they are drawn in a lighter tone.
     """
 
@@ -92,6 +99,7 @@ class Bars:
     name: str
     y: tuple[float | None, ...]
     noise: tuple[float | None, ...]
+    seeds: tuple[int | None, ...]
     faded: bool = False
 
     @property
@@ -150,6 +158,8 @@ def figures(runs: Runs) -> list[Figure]:
     special = {"Fig 2": _seen, "Fig 5": _enhanced, "Fig 8": _with_loss}
     made = []
     for name, caption in CAPTIONS.items():
+        if runs.miniature and name != "Fig 2":  # which shows no runs
+            caption = f"{caption} {MINIATURE}"
         members = [r for r in paper.load() if name in r.figure.split("; ") and r.kind != "search"]
         panels = special.get(name, _curves)(runs, members)
         made.append(Figure(int(name.split()[1]), caption, tuple(panels)))
@@ -228,7 +238,8 @@ def _seen(runs, members):
         for arm, (phase, seen) in zip(arms, phases.items(), strict=True):
             value = getattr(seen, name) / unit
             y = tuple(value if arm == each else None for each in ARMS)
-            bars.append(Bars(arm, phase, y, (None,) * len(y), faded=phase.startswith("ImageNet")))
+            none = (None,) * len(y)
+            bars.append(Bars(arm, phase, y, none, none, faded=phase.startswith("ImageNet")))
         yield Panel(name, "", axis, categories=tuple(ARMS.values()), bars=tuple(bars), stacked=True)
 
 
@@ -254,7 +265,8 @@ def _enhanced(runs, members):
                     marks.append(Mark(arm, name, category, published))
             y = tuple(number and number.value for number in numbers)
             noise = tuple(number and number.noise for number in numbers)
-            bars.append(Bars(arm, name, y, noise, faded=kind == "segm"))
+            seeds = tuple(number and number.seeds for number in numbers)
+            bars.append(Bars(arm, name, y, noise, seeds, faded=kind == "segm"))
         yield Panel(backbone.upper(), "", "AP", marks=tuple(marks), categories=categories, bars=tuple(bars))
 
 
@@ -272,10 +284,10 @@ def to_csv(figure: Figure) -> str:
             for point in zip(line.x, line.y, line.low, line.high, line.seeds, strict=True):
                 writer.writerow([panel.title, "yours", line.arm, line.name, *point])
         for bar in panel.bars:
-            for category, y, noise in zip(panel.categories, bar.y, bar.noise, strict=True):
+            for x, y, noise, seeds in zip(panel.categories, bar.y, bar.noise, bar.seeds, strict=True):
                 if y is not None:
                     low, high = (None, None) if noise is None else (y - noise, y + noise)
-                    writer.writerow([panel.title, "yours", bar.arm, bar.name, category, y, low, high, None])
+                    writer.writerow([panel.title, "yours", bar.arm, bar.name, x, y, low, high, seeds])
         for mark in panel.marks:
             writer.writerow([panel.title, "published", mark.arm, mark.name, mark.x, mark.y, None, None, None])
     return text.getvalue()

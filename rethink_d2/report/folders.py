@@ -3,6 +3,7 @@
 Nothing here raises for what a file holds: what cannot be read is left out, and named in a list of problems.
 """
 
+import ast
 import dataclasses
 import json
 import os
@@ -30,6 +31,8 @@ __all__ = [
 READ = ("run.json", "results.json", "metrics.json", "config.yaml", "launch.json")
 # The end of metrics.json that tells how far a run is, in bytes.
 TAIL = 1 << 14
+# What tells the size of a run.
+SIZE = ("SOLVER.ONE_X", "DATASETS.TEST")
 KNOWN = {run.id: run for run in paper.load()}
 # What Detectron2 has no number for where nothing was detected.
 NO_DETECTIONS = ("/AP", "/AP50", "/AP75")
@@ -115,8 +118,15 @@ class RunFolder:
     def mini(self) -> bool:
         """Whether it is in miniature: its numbers are not comparable with the paper's."""
         test = self.config.get("DATASETS.TEST") or [row.dataset for row in self.evaluations]
-        glyphs = isinstance(test, list) and any(str(name).startswith("glyphs_") for name in test)
+        glyphs = isinstance(test, (list, tuple)) and any(str(name).startswith("glyphs_") for name in test)
         return glyphs or self._positive("SOLVER.ONE_X", ONE_X) != ONE_X
+
+    @property
+    def unit(self) -> int | None:
+        """What 1x means, in iterations of 16 images; None if unknown, as of miniatures of pre-training."""
+        one_x = self._positive("SOLVER.ONE_X", ONE_X)
+        told = one_x != ONE_X if self.mini else self.config or self.evaluations
+        return one_x if told else None
 
     @property
     def final(self) -> Evaluation | None:
@@ -172,7 +182,7 @@ def read_folder(out, path, node, look, problems):
         return kind()
 
     record = read("run.json", lambda file: read_json(file, {}), dict)
-    config = recipe.flatten(read("config.yaml", _yaml, dict))
+    config = read("config.yaml", _config, dict) or (_planned_size(node) if node else {})
     rows = read("results.json", lambda file: read_json(file, []), list)
     evaluations = _evaluations(rows, f"{path}/results.json", problems)
     newest = metrics_rows(folder, TAIL, f"{path}/metrics.json", problems)
@@ -208,9 +218,19 @@ def _names(folder, record, node):
     return str(run_id), seed if isinstance(seed, int) else None
 
 
-def _yaml(path):
+def _config(path):
     with open(path, encoding="utf-8") as f:
-        return yaml.load(f, _LOADER)
+        tree = yaml.load(f, _LOADER)
+    return recipe.flatten(tree) if isinstance(tree, dict) else tree
+
+
+def _planned_size(node):
+    """What a plan tells of the size of a run that has no config yet."""
+    options = {SIZE[0]: str(ONE_X), **dict(zip(node.options[::2], node.options[1::2], strict=False))}
+    try:
+        return {key: ast.literal_eval(options[key]) for key in SIZE if key in options}
+    except (ValueError, TypeError, SyntaxError):  # as a user has written it
+        return {}
 
 
 def _state(folder, record, evaluations):

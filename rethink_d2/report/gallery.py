@@ -312,6 +312,7 @@ def cli(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 2
     print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
+    print("The report links it when it is made again: python -m rethink_d2.report OUT")
     return 0
 
 

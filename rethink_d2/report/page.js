@@ -1,4 +1,3 @@
-"use strict";
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
@@ -11,6 +10,8 @@
     const axis = { gridcolor: color("--line"), linecolor: color("--line"), tickcolor: color("--line") };
     return {
       ...layout,
+      // A finger is to scroll the page.
+      dragmode: layout.dragmode ?? (matchMedia("(pointer: coarse)").matches ? false : "zoom"),
       font: { color: color("--text"), family: getComputedStyle(document.body).fontFamily, size: 12 },
       hoverlabel: { bgcolor: color("--raised"), bordercolor: color("--line"), font: { color: color("--text") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--muted"), activecolor: color("--text") },
@@ -30,13 +31,16 @@
     });
   }
 
-  const drawn = JSON.parse(document.getElementById("charts").textContent).map(({ id, chart }) => {
+  const drawn = JSON.parse(document.getElementById("charts").textContent).map(async ({ id, figure, chart }) => {
     const place = document.getElementById(id);
-    Plotly.newPlot(place, chart.data, themed(chart.layout), config);
+    await Plotly.newPlot(place, chart.data, themed(chart.layout), config);
     place.on("plotly_restyle", () => hideBands(place));
+    await reader.follow(`${figure} ${chart.layout.title.text}`, place);
     return place;
   });
-  dark.addEventListener("change", () => {
-    for (const place of drawn) Plotly.react(place, place.data, themed(place.layout), config);
+  const loaded = new Promise((done) => addEventListener("load", done));
+  Promise.all([loaded, ...drawn]).then(reader.scroll);
+  dark.addEventListener("change", async () => {
+    for (const place of await Promise.all(drawn)) Plotly.react(place, place.data, themed(place.layout), config);
   });
 })();

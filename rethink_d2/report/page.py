@@ -1,13 +1,16 @@
 """The report: one page that holds everything, and beside it pictures, data and tables."""
 
 import datetime
+import functools
 import glob
 import os
+import sys
 import time
 from collections import Counter
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from ..files import replace_atomically, write_atomically
@@ -15,7 +18,7 @@ from ..sweep.state import State
 from . import figures, tables
 from .charts import charts
 from .folders import is_number
-from .pictures import render
+from .pictures import DIGEST, digest, render
 from .runs import find_runs
 from .verdicts import LOSS_RULE, RULE, verdicts
 
@@ -61,7 +64,7 @@ def write_report(out: str) -> str:
     """Make the report of an output folder in its folder ``report``.
 
     Beside the page there are ``figure_<n>`` as PNG, PDF and CSV, ``tables.md`` and ``tables.csv``. The page
-    is written last, and every file whole or not at all.
+    is written last, and every file whole or not at all. Runs that are left out are named on stderr.
 
     Args:
         out: the output folder; running, failed and damaged runs may be in it.
@@ -73,15 +76,19 @@ def write_report(out: str) -> str:
         ValueError: there is no run in the folder.
     """
     runs = find_runs(out)
+    if runs.left_out:
+        _say(runs.left_out)
     folder = os.path.join(out, FOLDER)
     drawn = figures.figures(runs)
     for figure in drawn:
         if figure.panels:
             _write_figure(folder, figure)
     judged, made = verdicts(runs), tables.tables(runs)
-    mini = any(f.mini and f.run for f in runs.folders)
     lines = [f"- {v.family} ({tables.metric_name(v.metric)}): {v.sentence}" for v in judged]
-    parts = [*([f"*Runs are {MINIATURE}.*"] if mini else []), *(["\n".join(lines)] if lines else [])]
+    parts = [
+        *([f"*Runs are {MINIATURE}.*"] if runs.miniature else []),
+        *(["\n".join(lines)] if lines else []),
+    ]
     write_atomically(os.path.join(folder, "tables.md"), "\n\n".join([*parts, tables.to_markdown(made)]))
     write_atomically(os.path.join(folder, "tables.csv"), tables.to_csv(made))
     states = Counter(folder.state for folder in runs.folders)
@@ -89,7 +96,8 @@ def write_report(out: str) -> str:
         title=os.path.basename(os.path.abspath(out)),
         made=time.strftime("%Y-%m-%d %H:%M"),
         states=[(state.value, states[state]) for state in State if states[state]],
-        mini=MINIATURE if mini else "",
+        mini=MINIATURE if runs.miniature else "",
+        left_out=runs.left_out,
         problems=runs.problems,
         galleries=[
             (os.path.splitext(name)[0], quote(f"gallery/{name}"))
@@ -112,6 +120,12 @@ def write_report(out: str) -> str:
     return path
 
 
+@functools.cache
+def _say(line):
+    """On stderr, once: the report may be made every few seconds."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _template():
     loader = FileSystemLoader(os.path.dirname(__file__))
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -119,21 +133,22 @@ def _template():
 
 
 def _write_figure(folder, figure):
-    """Pictures take longest, so they are drawn only where the data have changed."""
+    """Pictures take longest, so they are drawn only where they would change; the PNG, written last, tells."""
     stem = os.path.join(folder, f"figure_{figure.number}")
-    text, files = figures.to_csv(figure), {kind: f"{stem}.{kind}" for kind in ("png", "pdf")}
-    if _read(f"{stem}.csv") == text and all(map(os.path.exists, files.values())):
+    others = f"{stem}.csv", f"{stem}.pdf"
+    if all(map(os.path.exists, others)) and _digest(f"{stem}.png") == digest(figure):
         return
+    write_atomically(others[0], figures.to_csv(figure))
     for kind, content in render(figure).items():
-        with replace_atomically(files[kind]) as f:
+        with replace_atomically(f"{stem}.{kind}") as f:
             f.write(content)
-    write_atomically(f"{stem}.csv", text)
 
 
-def _read(path):
+def _digest(path):
+    """What a PNG was drawn from; None where there is none, or another program's."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            return f.read()
+        with Image.open(path) as image:
+            return image.info.get(DIGEST)
     except OSError:
         return None
 

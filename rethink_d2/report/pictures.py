@@ -1,8 +1,11 @@
 """The same figures as files: PNG and PDF, by matplotlib."""
 
+import hashlib
 import io
 import textwrap
+from pathlib import Path
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
 from matplotlib.lines import Line2D
@@ -10,22 +13,34 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from ..paper import ARMS
+from . import figures
 from .figures import COLORS, Figure
 
-__all__ = ["picture", "render"]
+__all__ = ["DIGEST", "digest", "picture", "render"]
 
 WIDTH, HEIGHT = 4.8, 3.6
 DPI = 150
 PUBLISHED = {"ls": "", "marker": "D", "fillstyle": "none", "color": "#555", "label": "published"}
 
 
+# The PNG's note of what it was drawn from.
+DIGEST = "Digest"
+# What draws, as it is when imported.
+CODE = [Path(file).read_bytes() for file in (__file__, figures.__file__)]
+
+
+def digest(figure: Figure) -> str:
+    """Of all that the pictures of a figure depend on: its content, and what draws it."""
+    return hashlib.sha256(repr((figure, ARMS, matplotlib.__version__, CODE)).encode()).hexdigest()
+
+
 def render(figure: Figure) -> dict[str, bytes]:
     """A figure's files by their extension."""
     made, files = picture(figure), {}
-    for kind in ("png", "pdf"):
+    # Without the date, so that the same figure is the same file.
+    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {DIGEST: digest(figure)})):
         buffer = io.BytesIO()
-        # Without the date, so that the same figure is the same file.
-        made.savefig(buffer, format=kind, dpi=DPI, metadata={"CreationDate": None} if kind == "pdf" else None)
+        made.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
         files[kind] = buffer.getvalue()
     return files
 
@@ -57,6 +72,8 @@ def _draw_lines(axes, panel):
         axes.plot(line.x, line.y, color=color, linewidth=1.3)
         if max(line.seeds) > 1:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.12, linewidth=0)
+        if line.lone:
+            axes.plot(line.x, line.y, "o", color=color, markersize=3.5, fillstyle="none")
         if line.finished:
             axes.plot(line.x[-1], line.y[-1], "o", color=color, markersize=4)
             axes.annotate(

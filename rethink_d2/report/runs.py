@@ -8,6 +8,7 @@ from collections.abc import Callable
 from .. import paper, recipe
 from ..sweep.state import PLAN, State, planned, progress, queue
 from .folders import RunFolder, careful, is_number, metrics_rows, read_folder
+from .sizes import one_size
 
 __all__ = ["Runs", "find_runs", "walk"]
 
@@ -22,10 +23,11 @@ class Runs:
         out (str): the folder.
         folders (list[RunFolder]): in it.
         problems (list[str]): what could not be read, one line each.
+        left_out (str): a line about runs of another size; "" where there is none.
     """
 
-    def __init__(self, out, folders, problems):
-        self.out, self.folders, self.problems = out, folders, problems
+    def __init__(self, out, folders, problems, left_out=""):
+        self.out, self.folders, self.problems, self.left_out = out, folders, problems, left_out
         self._by_path = {folder.path: folder for folder in folders}
         self._seeds = self._of_the_paper()
 
@@ -37,6 +39,11 @@ class Runs:
         """A metric after the last iteration, of every seed that got there."""
         rows = [folder.final for folder in self.seeds(run)]
         return [row.metrics[metric] for row in rows if row and metric in row.metrics]
+
+    @property
+    def miniature(self) -> bool:
+        """Whether the paper's runs are in miniature here: all of them, or none."""
+        return any(folder.mini and folder.run for folder in self.folders)
 
     def mini(self, run: paper.Run) -> bool:
         """Whether a run was run in miniature."""
@@ -78,18 +85,16 @@ class Runs:
         return self._by_path.get(path.replace(os.sep, "/")) or (named[0] if named else None)
 
     def _of_the_paper(self):
-        """Folders by id of the run: of one seed only the furthest; those in full size, if there are any."""
+        """Folders by id of the run: of one seed only the furthest."""
         found, chosen = defaultdict(list), {}
         for folder in self.folders:
             if folder.run:
                 found[folder.run.id].append(folder)
         for id, folders in found.items():
             begun = [f for f in folders if f.state is not State.WAITING] or folders
-            small, best = all(f.mini for f in begun), {}
+            best = {}
             for folder in sorted(begun, key=lambda f: (f.final is None, -f.iteration, f.path)):
-                if folder.mini is not small:
-                    self.problems.append(f"{folder.path} is in miniature: in the table of runs only")
-                elif best.setdefault(folder.seed, folder) is not folder:
+                if best.setdefault(folder.seed, folder) is not folder:
                     other = best[folder.seed].path
                     self.problems.append(f"{folder.path} repeats {other}: in the table of runs only")
             chosen[id] = sorted(best.values(), key=lambda f: (f.seed is None, f.seed))
@@ -125,11 +130,12 @@ def walk(out):
         yield folder, files
 
 
-def find_runs(out: str) -> Runs:
+def find_runs(out: str, one_x: int | None = None) -> Runs:
     """Read all run folders below an output folder, and the plans of its sweeps.
 
     Args:
         out: the output folder.
+        one_x: read those of which 1x is so many iterations; None for those that :func:`one_size` takes.
 
     Raises:
         ValueError: there is no run in it.
@@ -150,7 +156,8 @@ def find_runs(out: str) -> Runs:
     if not found:
         raise ValueError(f"{out} holds no run: no folder with a run.json or results.json, and no {PLAN}")
     read = [read_folder(out, path, *planned, problems) for path, planned in sorted(found.items())]
-    return Runs(out, read, list(dict.fromkeys(problems)))
+    read, left_out = one_size(out, read, one_x)
+    return Runs(out, read, list(dict.fromkeys(problems)), left_out)
 
 
 def _clean(path):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..sweep.state import PLAN
+from ..sweep.state import CLAIM, PLAN, TRAINING_LOCK, held
 from .folders import READ
 from .page import FOLDER, PAGE, write_report
 from .runs import walk
@@ -17,12 +17,15 @@ from .runs import walk
 __all__ = ["make_server", "serve", "watch"]
 
 SECONDS = 5
-# Asks every few seconds whether the page has changed, and then loads it again, where it was scrolled to.
+# Asks every few seconds whether the page has changed, and then loads it again; reader.js keeps what was
+# opened, hidden, zoomed and scrolled to.
 RELOAD = f"""<script>
-setInterval(async () => {{
+const asking = setInterval(async () => {{
   const answer = await fetch(location.href, {{ method: "HEAD", cache: "no-store" }}).catch(() => null);
   const made = answer && answer.ok && Date.parse(answer.headers.get("Last-Modified"));
-  if (made && made !== Date.parse(document.lastModified)) location.reload();
+  if (!made || made === Date.parse(document.lastModified)) return;
+  clearInterval(asking);
+  location.reload();
 }}, {SECONDS * 1000});
 </script>
 """
@@ -45,22 +48,25 @@ def watch(out, seconds=SECONDS):
 
 def _keep_up(out, before, seconds, stop):
     """Make the report again after every change since the look `before`, until `stop` is set."""
-    pause = seconds
+    pause, said = seconds, None
     while not stop.wait(pause):
-        now = _snapshot(out)
-        if now == before:
-            continue
-        before, begun = now, time.monotonic()
+        begun = time.monotonic()
         try:
-            write_report(out)
-        except (OSError, ValueError) as e:  # the disk may be full, the folder being moved
-            print(f"error: {e}", file=sys.stderr, flush=True)
+            now = _snapshot(out)
+            if now != before:
+                write_report(out)
+                before, said = now, None
+        except Exception as e:  # the disk may be full, the folder being moved: tried again, and said once
+            line = f"error: {type(e).__name__}: {' '.join(str(e).split())}"
+            if line != said:
+                print(line, file=sys.stderr, flush=True)
+            said = line
         # The runs that it looks at may need this machine.
         pause = max(seconds, 4 * (time.monotonic() - begun))
 
 
 def _snapshot(out):
-    """Time and size of every file that tells how runs stand."""
+    """Time and size of every file that tells how runs stand, and whose locks are held: a kill writes none."""
     found = {}
     for folder, files in walk(out):
         for name in (*READ, PLAN):
@@ -70,6 +76,9 @@ def _snapshot(out):
                 except OSError:
                     continue
                 found[folder, name] = seen.st_mtime_ns, seen.st_size
+        for name in (CLAIM, TRAINING_LOCK):
+            if name in files:
+                found[folder, name] = held(os.path.join(folder, name))
     gallery = Path(out, FOLDER, "gallery")
     found["gallery"] = sorted(path.name for path in gallery.glob("*.html"))
     return found
@@ -92,7 +101,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self._answer(super().do_HEAD)
 
     def _answer(self, send):
-        if urlsplit(self.path).path == "/":
+        if urlsplit(self.path).path in ("/", f"/{FOLDER}", f"/{FOLDER}/"):
             self.send_response(302)
             self.send_header("Location", f"/{FOLDER}/{PAGE}")
             self.send_header("Content-Length", "0")

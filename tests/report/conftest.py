@@ -4,6 +4,8 @@ import shutil
 import pytest
 from made_runs import make_paper
 
+LOCAL = "file:", "http://127.0.0.1:"
+
 
 @pytest.fixture(scope="session")
 def whole_paper(tmp_path_factory):
@@ -30,26 +32,28 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Open a file in a new window: ``visit(path, **options)`` with options of ``Browser.new_context``.
+    """Open a file, or a page served here, in a new window: ``visit(path, **options)`` with options of
+    ``Browser.new_context``.
 
-    At the end there must have been no word on the console, no error, and no request but for local files.
+    At the end there must have been no word on the console, no error, and no request but for local files, or
+    to the server.
     """
     contexts, requests, said = [], [], []
 
     def open_page(path, **options):
         context = browser.new_context(**options)
         contexts.append(context)
-        context.route(lambda url: not url.startswith("file:"), lambda route: route.abort())
+        context.route(lambda url: not url.startswith(LOCAL), lambda route: route.abort())
         page = context.new_page()
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
         page.set_default_timeout(10_000)
-        page.goto(path.as_uri())
+        page.goto(path if isinstance(path, str) else path.as_uri())
         return page
 
     yield open_page
     for context in contexts:
         context.close()
     assert not said
-    assert requests and all(url.startswith(("file:", "data:", "blob:")) for url in requests)
+    assert requests and all(url.startswith((*LOCAL, "data:", "blob:")) for url in requests)

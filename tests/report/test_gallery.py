@@ -204,7 +204,9 @@ def test_a_checkpoint_becomes_a_page(weights, tmp_path, capsys, glyph_cache):
     arguments += ["--data", "glyphs_tiny_val", "--images", "3", "--threshold", "0", "--output", str(tmp_path)]
     assert gallery.cli(arguments) == 0
     (path,) = tmp_path.iterdir()
-    assert path.name.endswith("-w.html") and str(path) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert path.name.endswith("-w.html") and str(path) in said
+    assert "when it is made again: python -m rethink_d2.report" in said
     text = path.read_text()
     assert text.count("<figure") == 3
     assert "on 3 of the 16 images of glyphs_tiny_val" in text

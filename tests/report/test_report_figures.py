@@ -5,6 +5,7 @@ import pytest
 from made_runs import branch_of, make_run
 
 from rethink_d2 import paper
+from rethink_d2.engine.record import append_result
 from rethink_d2.paper import samples
 from rethink_d2.report.charts import charts
 from rethink_d2.report.figures import COLORS, figures, to_csv
@@ -55,6 +56,28 @@ def test_published_values_are_left_out_of_miniatures(tmp_path):
     make_run(tmp_path, "base-r50-gn-scratch-2x", {108: 70.0}, SOLVER__ONE_X=27, SOLVER__IMS_PER_BATCH=8)
     (panel,) = figures(find_runs(str(tmp_path)))[0].panels
     assert panel.marks == () and panel.lines[0].notes == ("108 iterations, 2.00x, 864 images",)
+
+
+def test_captions_of_miniatures_say_so(tmp_path, everything):
+    make_run(tmp_path, "base-r50-gn-scratch-2x", {108: 70.0}, SOLVER__ONE_X=27)
+    captions = {figure.number: figure.caption for figure in figures(find_runs(str(tmp_path)))}
+    assert captions[1].endswith("all schedules overlaid. (Here in miniature, on built-in data.)")
+    assert "miniature" not in captions[2]  # the paper's arithmetic
+    assert not any("miniature" in figure.caption for figure in everything)
+
+
+def test_a_first_value_alone_is_an_open_dot(tmp_path):
+    run = tmp_path, "base-r50-gn-scratch-2x"
+    folder = make_run(*run, {20_000: 10.0}, max_iter=180_000, state="running")
+    (figure,) = [figure for figure in figures(find_runs(str(tmp_path))) if figure.number == 1]
+    marker = charts(figure)[0]["data"][0]["marker"]
+    assert marker["size"] == [6] and marker["symbol"] == "circle-open"
+    dots = [line for line in picture(figure).axes[0].lines if line.get_marker() == "o"]
+    assert [(*dot.get_xdata(), dot.get_fillstyle()) for dot in dots] == [(20_000, "none")]
+    append_result(str(folder), 40_000, "coco_2017_val", {"bbox/AP": 20.0})
+    figure = figures(find_runs(str(tmp_path)))[0]
+    assert charts(figure)[0]["data"][0]["marker"]["size"] == [0, 0]
+    assert not [line for line in picture(figure).axes[0].lines if line.get_marker() == "o"]
 
 
 def test_figures_without_runs_have_no_panels(tmp_path):
@@ -129,3 +152,14 @@ def test_data(everything):
     assert len(rows) == 10 * 2 + 10
     bars = list(csv.DictReader(io.StringIO(to_csv(everything[4]))))
     assert bars[0]["x"] == "baseline" and float(bars[0]["high"]) > float(bars[0]["y"])
+    assert {row["seeds"] for row in bars if row["drawn"] == "yours"} == {"2"}
+    assert {row["seeds"] for row in csv.DictReader(io.StringIO(to_csv(everything[1])))} == {""}
+
+
+def test_bars_say_their_noise_and_seeds(everything, tmp_path):
+    said = charts(everything[4])[0]["data"][0]["customdata"]
+    assert said[0] == "baseline: 41.3 ± 0.71 (2 seeds)"
+    assert charts(everything[1])[0]["data"][0]["customdata"][1] == "w/ pre-training: 128"
+    make_run(tmp_path, "aug-r50-scratch-9x", {810_000: 42.0})
+    figure = figures(find_runs(str(tmp_path)))[4]
+    assert charts(figure)[0]["data"][0]["customdata"] == ["", "train aug: 42 (one seed)", "", ""]

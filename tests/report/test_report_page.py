@@ -1,11 +1,13 @@
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 from made_runs import make_run
 
-from rethink_d2.report import write_report
+from rethink_d2.report import pictures, write_report
 from rethink_d2.report.__main__ import cli
 
 HOSTILE = "<script>alert(1)</script>\"'</script><img src=x onerror=alert(2)>"
@@ -154,6 +156,34 @@ def test_pictures_are_drawn_again_only_after_a_change(tmp_path):
     make_run(tmp_path, RUN, {180_000: 37.0}, seed=2)
     write_report(str(tmp_path))
     assert all(path.stat().st_mtime_ns > then for path, then in zip(files, before, strict=True))
+
+
+def test_pictures_show_what_the_data_do_not_say(tmp_path, monkeypatch):
+    folder = make_run(tmp_path, RUN, {90_000: 30.0, 180_000: 36.0})
+    second = make_run(tmp_path, RUN, {90_000: 30.0}, seed=2, max_iter=180_000, state="running")
+    (second / "results.json").unlink()
+    write_report(str(tmp_path))
+    png, text = tmp_path / "report/figure_1.png", (tmp_path / "report/figure_1.csv").read_text()
+    before = png.read_bytes()
+
+    def changed():
+        nonlocal before
+        write_report(str(tmp_path))
+        assert (tmp_path / "report/figure_1.csv").read_text() == text
+        now, before = before, png.read_bytes()
+        return now != before
+
+    assert not changed()
+    shutil.rmtree(second)  # the line is finished
+    assert changed()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["SOLVER"]["STEPS"] = [120_000]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert changed()
+    monkeypatch.setattr(pictures, "CODE", [b"other code"])
+    assert changed() and not changed()
+    png.write_bytes(b"no picture")
+    assert not changed()  # since it is drawn again
 
 
 def test_the_command(tmp_path, capsys):

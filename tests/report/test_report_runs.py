@@ -106,14 +106,6 @@ def test_miniature_is_recognized(tmp_path, options):
     assert folder.mini and runs.mini(folder.run)
 
 
-def test_full_size_and_miniature_are_not_mixed(tmp_path):
-    make_run(tmp_path, SCRATCH, {540_000: 41.3})
-    make_run(tmp_path, SCRATCH, {324: 70.0}, seed=2, SOLVER__ONE_X=27)
-    runs = find_runs(str(tmp_path))
-    assert runs.finals(paper.find(SCRATCH), "bbox/AP") == [41.3]
-    assert runs.problems == [f"{SCRATCH}/seed2 is in miniature: in the table of runs only"]
-
-
 def test_of_two_folders_with_one_seed_the_furthest_counts(tmp_path):
     make_run(tmp_path, SCRATCH, {20: 1.0}, max_iter=40, state="preempted", folder="old/seed1")
     make_run(tmp_path, SCRATCH, {40: 2.0}, folder="new/seed1")
@@ -154,6 +146,8 @@ def test_a_folder_without_runs_is_refused(tmp_path):
         ("results.json", '[{"iteration": 5}, 3]', "results.json: 2 of 2 rows have no iteration or data set"),
         ("results.json", "{}", "results.json cannot be read: it is no list"),
         ("config.yaml", "a: [", "config.yaml cannot be read: ParserError"),
+        ("config.yaml", "a: &a {b: *a}", "config.yaml cannot be read: RecursionError"),
+        ("config.yaml", "[1]", "config.yaml cannot be read: it is no dict"),
         (
             "config.yaml",
             "!!python/object/apply:os.system [ls]",

@@ -1,3 +1,4 @@
+import contextlib
 import http.client
 import os
 import signal
@@ -8,6 +9,7 @@ import time
 import urllib.request
 
 import pytest
+from filelock import FileLock
 from made_runs import make_run
 
 from rethink_d2.engine.record import append_result
@@ -64,8 +66,9 @@ def test_the_page_loads_itself_again_only_when_served(out, get):
     head, nothing = get("/report/index.html", "HEAD")
     assert nothing == b"" and head.getheader("Last-Modified") == answer.getheader("Last-Modified")
     assert int(head.getheader("Content-Length")) == len(content)
-    first, _ = get("/")
-    assert first.status == 302 and first.getheader("Location") == "/report/index.html"
+    for path in ("/", "/report", "/report/"):
+        first, _ = get(path)
+        assert first.status == 302 and first.getheader("Location") == "/report/index.html"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_files_and_their_types(get, path, kind):
         "/link.txt",
         "/mine",
         "/mine/",
-        "/report",
+        "/report/gallery/",
         "/nothing",
         "/%00",
         "/" + "a" * 5000,
@@ -119,22 +122,56 @@ def test_an_address_that_is_taken(out, capsys):
     assert f"--host 127.0.0.1 --port {port}: " in capsys.readouterr().err
 
 
-def test_the_report_follows_the_runs(tmp_path):
-    path = make_run(tmp_path, "mine", {10: 1.0}, state="running", max_iter=100)
-    write_report(str(tmp_path))
+@contextlib.contextmanager
+def watched(out):
+    """A report that follows its runs; what it calls may fail."""
+    write_report(str(out))
     stop = threading.Event()
-    thread = threading.Thread(target=_keep_up, args=(str(tmp_path), _snapshot(str(tmp_path)), 0.02, stop))
+    thread = threading.Thread(target=_keep_up, args=(str(out), _snapshot(str(out)), 0.02, stop))
     thread.start()
     try:
-        page = tmp_path / "report/index.html"
+        yield out / "report/index.html"
+        assert thread.is_alive()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_report_follows_the_runs(tmp_path):
+    path = make_run(tmp_path, "mine", {10: 1.0}, state="running", max_iter=100)
+    with watched(tmp_path) as page:
         before = page.stat().st_mtime_ns
         time.sleep(0.2)
         assert page.stat().st_mtime_ns == before  # nothing has changed
         append_result(str(path), 20, "coco_2017_val", {"bbox/AP": 98.7})
         until(lambda: "98.7" in page.read_text())
-    finally:
-        stop.set()
-        thread.join()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RecursionError("a\nb")])
+def test_a_failure_is_said_once_and_tried_again(tmp_path, monkeypatch, capsys, error):
+    path = make_run(tmp_path, "mine", {10: 1.0}, state="running", max_iter=100)
+    calls = []
+
+    def flaky(out):
+        calls.append(out)
+        if len(calls) < 4:
+            raise error
+        return write_report(out)
+
+    with watched(tmp_path) as page:
+        monkeypatch.setattr("rethink_d2.report.serve.write_report", flaky)
+        append_result(str(path), 20, "coco_2017_val", {"bbox/AP": 98.7})
+        until(lambda: "98.7" in page.read_text())
+    words = " ".join(str(error).split())
+    assert capsys.readouterr().err == f"error: {type(error).__name__}: {words}\n"
+
+
+def test_a_killed_run_does_not_stay_running(tmp_path):
+    path = make_run(tmp_path, "mine", {10: 1.0}, state="running", max_iter=100)
+    with FileLock(path / ".lock") as lock, watched(tmp_path) as page:
+        assert 'class="state running"' in page.read_text()
+        lock.release(force=True)  # as a kill does, which writes nothing
+        until(lambda: 'class="state interrupted"' in page.read_text())
 
 
 @pytest.mark.slow

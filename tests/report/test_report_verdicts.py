@@ -2,8 +2,9 @@ import pytest
 from made_runs import make_run
 
 from rethink_d2 import paper
+from rethink_d2.report import write_report
 from rethink_d2.report.runs import find_runs
-from rethink_d2.report.verdicts import verdicts
+from rethink_d2.report.verdicts import RULE, verdicts
 
 
 def verdict_of(out, family="keypoint-r50-gn"):
@@ -73,8 +74,93 @@ def test_only_finished_runs_count(tmp_path):
     )
     found = verdict_of(tmp_path)
     assert found.sentence == "not known yet: no finished run of pre-training"
-    assert found.missing == ("keypoint-r50-gn-pretrained-2x",)
+    assert [run.id for run in found.missing] == ["keypoint-r50-gn-pretrained-2x"]
     assert found.comparisons[0].catches_up is None
+
+
+BEGUN = None
+
+
+@pytest.mark.parametrize(
+    "runs, sentence",
+    [
+        (
+            {"scratch-2x": 36.8, "scratch-6x": BEGUN, "pretrained-2x": 40.3, "pretrained-6x": BEGUN},
+            "scratch has not caught up yet (difference -3.5, one seed: no interval; best at 2x); "
+            "unfinished: scratch 6x",
+        ),
+        (
+            {"scratch-6x": 40.0, "pretrained-2x": 40.3, "pretrained-6x": BEGUN},
+            "so far scratch catches up at 6x (difference -0.3, one seed: no interval); "
+            "unfinished: pre-training 6x",
+        ),
+        (
+            {"scratch-4x": BEGUN, "scratch-5x": BEGUN, "scratch-6x": 41.3, "pretrained-6x": 41.1},
+            "so far scratch catches up at 6x (difference +0.2, one seed: no interval); "
+            "unfinished: scratch 4x, 5x",
+        ),
+        (
+            {"scratch-4x": BEGUN, "scratch-6x": 39.0, "pretrained-6x": 41.1},
+            "so far scratch does not catch up (difference -2.1, one seed: no interval; best at 6x); "
+            "unfinished: scratch 4x",
+        ),
+        # These cannot change it.
+        (
+            {"scratch-5x": 41.0, "scratch-6x": BEGUN, "pretrained-6x": 41.1},
+            "scratch catches up at 5x (difference -0.1, one seed: no interval)",
+        ),
+        (
+            {"scratch-6x": 39.0, "pretrained-5x": BEGUN, "pretrained-6x": 41.1},
+            "scratch does not catch up (difference -2.1, one seed: no interval; best at 6x)",
+        ),
+        (
+            {"scratch-6x": 0.0, "pretrained-6x": 0.1},
+            "not known: with pre-training nothing was learned (AP 0.1)",
+        ),
+        (
+            {"scratch-6x": 0.0, "scratch-5x": BEGUN, "pretrained-6x": 0.94, "pretrained-5x": BEGUN},
+            "not known yet: so far with pre-training nothing was learned (AP 0.9); "
+            "unfinished: pre-training 5x",
+        ),
+        (
+            {"scratch-6x": 0.9, "pretrained-6x": 1.0},
+            "scratch catches up at 6x (difference -0.1, one seed: no interval)",
+        ),
+    ],
+)
+def test_what_unfinished_runs_and_nothing_learned_leave_open(tmp_path, runs, sentence):
+    for name, value in runs.items():
+        length = 90_000 * int(name[-2])
+        done = {length: value} if value is not BEGUN else {20_000: 20.0}
+        state = "running" if value is BEGUN else "done"
+        make_run(tmp_path, f"base-r50-gn-{name}", done, max_iter=length, state=state)
+    found = verdict_of(tmp_path, "base-r50-gn")
+    assert found.sentence == sentence
+    if "nothing" in sentence:
+        assert all(c.catches_up is None and c.to_partner for c in found.comparisons if c.run.schedule == "6x")
+
+
+def test_unfinished_seeds_leave_it_open_too(tmp_path):
+    pair(tmp_path, [65.6], [65.5])
+    make_run(
+        tmp_path,
+        "keypoint-r50-gn-scratch-2x",
+        {90_000: 60.0},
+        seed=2,
+        metric="keypoints/AP",
+        max_iter=180_000,
+        state="running",
+    )
+    sentence = verdict_of(tmp_path).sentence
+    assert sentence.startswith("so far scratch catches up at 2x") and sentence.endswith(
+        "unfinished: scratch 2x"
+    )
+    write_report(str(tmp_path))
+    assert f"- keypoint-r50-gn (keypoint AP): {sentence}\n" in (tmp_path / "report/tables.md").read_text()
+
+
+def test_the_rule_states_its_numbers():
+    assert "less than 0.5 below" in RULE and "reaches less than 1.0 nothing was learned" in RULE
 
 
 def test_training_loss_where_the_paper_shows_it(tmp_path):
