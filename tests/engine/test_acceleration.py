@@ -6,6 +6,7 @@ from test_resume import StopsAfter, assert_equal
 
 from rethink_d2 import model_zoo, recipe
 from rethink_d2.engine import Trainer
+from rethink_d2.engine.acceleration import set_sgd_implementation
 from rethink_d2.engine.start import find_start
 from rethink_d2.modeling.pooler import FastROIPooler
 from rethink_d2.preemption import Preempted
@@ -88,6 +89,48 @@ def test_they_are_in_effect(tmp_path, glyph_cache):
 def test_wrong_values_name_the_key(tmp_path, glyph_cache):
     with pytest.raises(ValueError, match="SOLVER.ACCELERATE.SGD"):
         Trainer(config(tmp_path, f"{KEY}SGD", "quick"))
+
+
+def test_poolers_that_cannot_be_replaced_name_the_key(tmp_path, glyph_cache):
+    ratios = [f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO" for head in ("BOX", "MASK")]
+    with pytest.raises(ValueError, match="SOLVER.ACCELERATE.ROI_ALIGN.*POOLER_SAMPLING_RATIO"):
+        Trainer(config(tmp_path, f"{KEY}ROI_ALIGN", True, ratios[0], 0, ratios[1], 0))
+
+
+def updates(sgd):
+    """Three weights after four updates; one has no gradient in the first, one never."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(5)) for _ in range(3)]
+    optimizer = torch.optim.SGD(weights, 0.1, momentum=0.9, weight_decay=0.01)
+    set_sgd_implementation(optimizer, sgd)
+    for step in range(4):
+        for i, p in enumerate(weights):
+            p.grad = None if i > 1 or (i == 1 and step == 0) else torch.randn(5)
+        optimizer.step()
+    return weights, [optimizer.state[p] for p in weights]
+
+
+def test_fused_sgd_takes_parameters_that_get_a_gradient_later():
+    (fused, state), (plain, expected) = updates("fused"), updates("")
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert [list(s) for s in state] == [list(s) for s in expected] == [["momentum_buffer"]] * 2 + [[]]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_fused_sgd_resumes_with_another_memory_format(tmp_path, glyph_cache, first):
+    def run(then, sgd):
+        folder, layout = tmp_path / f"{then}{sgd}", f"{KEY}CHANNELS_LAST"
+        with pytest.raises(Preempted):
+            Trainer(config(folder, layout, first, f"{KEY}SGD", sgd), None, StopsAfter(0)).train()
+        cfg = config(folder, layout, then, f"{KEY}SGD", sgd)
+        trainer = Trainer(cfg, find_start(cfg, resume=True, allow=[layout]))
+        before = weights(trainer)
+        trainer.train()
+        return weights(trainer) - before
+
+    plain, fused = run(not first, ""), run(not first, "fused")
+    assert (fused - plain).norm() <= 1e-3 * plain.norm()
 
 
 def test_acceleration_is_part_of_the_identity(tmp_path):
