@@ -2,19 +2,21 @@
 
 import pytest
 import torch
+from detectron2.utils import comm
+from gloo import on_processes
 from test_resume import StopsAfter, assert_equal
 
 from rethink_d2 import model_zoo, recipe
 from rethink_d2.engine import Trainer
 from rethink_d2.engine.acceleration import set_sgd_implementation
-from rethink_d2.engine.start import find_start
+from rethink_d2.engine.start import agree_on, find_start
 from rethink_d2.modeling.pooler import FastROIPooler
 from rethink_d2.preemption import Preempted
 
 KEY = "SOLVER.ACCELERATE."
 
 
-def config(folder, *options):
+def config(folder, *options, processes=1):
     """Two iterations of the mini Mask R-CNN on small pictures."""
     data = [
         "DATASETS.TRAIN",
@@ -29,7 +31,7 @@ def config(folder, *options):
     length += ["SOLVER.WARMUP_FACTOR", "1.0"]  # so that an update is far above rounding
     path = model_zoo.get_config_file("mini/scratch_mask_rcnn_R_18_FPN_gn.yaml")
     return recipe.resolve(
-        recipe.load(path, [*data, *batch, *length, "OUTPUT_DIR", str(folder), *map(str, options)]), 1
+        recipe.load(path, [*data, *batch, *length, "OUTPUT_DIR", str(folder), *map(str, options)]), processes
     )
 
 
@@ -45,7 +47,8 @@ def first_iteration(cfg):
     before = weights(trainer)
     with pytest.raises(Preempted):
         trainer.train()
-    return trainer.storage.history("total_loss").latest(), weights(trainer) - before
+    loss, _ = trainer.storage.latest().get("total_loss", (None, 0))  # the main process has it
+    return loss, weights(trainer) - before
 
 
 def weights(trainer):
@@ -76,9 +79,39 @@ def test_it_trains_the_same_and_resumes_exactly(plain, tmp_path, options):
     assert_equal(dict(resumed.model.state_dict()), dict(unbroken.model.state_dict()))
 
 
+TOGETHER = (f"{KEY}CHANNELS_LAST", True, f"{KEY}SGD", "fused", f"{KEY}ROI_ALIGN", True)
+BFLOAT16 = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
+
+
+def on_a_process(folder):
+    """With each set of options: an iteration, another after a resume, and two unbroken, in groups of one."""
+    found = {}
+    for options in ((), TOGETHER, TOGETHER + BFLOAT16):
+        more = (*options, "SOLVER.IMS_PER_GROUP", 1)
+        cfg = config(folder / f"{len(options)}-stopped", *more, processes=2)
+        first = first_iteration(cfg)
+        comm.synchronize()  # the checkpoint is there
+        resumed = Trainer(cfg, agree_on(find_start(cfg, resume=True)))
+        unbroken = Trainer(config(folder / f"{len(options)}-unbroken", *more, processes=2))
+        assert resumed.groups == 2
+        for trainer in (resumed, unbroken):
+            trainer.train()
+        found[options] = *first, weights(resumed), weights(unbroken)
+    return found
+
+
+@pytest.mark.slow
+def test_together_with_processes_accumulation_and_resume(glyph_cache, tmp_path):
+    one, other = on_processes(tmp_path / "processes", 2, on_a_process, tmp_path)
+    for options, (loss, step, resumed, unbroken) in one.items():
+        assert torch.equal(resumed, unbroken) and torch.equal(unbroken, other[options][3]), options
+        exact = BFLOAT16[0] not in options
+        assert loss == pytest.approx(one[()][0], rel=1e-4 if exact else 0.05)
+        assert (step - one[()][1]).norm() <= (1e-3 if exact else 0.5) * one[()][1].norm()
+
+
 def test_they_are_in_effect(tmp_path, glyph_cache):
-    options = (f"{KEY}CHANNELS_LAST", True, f"{KEY}SGD", "fused", f"{KEY}ROI_ALIGN", True)
-    trainer = Trainer(config(tmp_path, *options))
+    trainer = Trainer(config(tmp_path, *TOGETHER))
     heads = trainer.model.roi_heads
     assert {type(heads.box_pooler), type(heads.mask_pooler)} == {FastROIPooler}
     weight = trainer.model.backbone.bottom_up.res3[0].conv1.weight
