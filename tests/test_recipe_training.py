@@ -18,6 +18,7 @@ def problems(*options, world_size=1):
     [
         ("DATALOADER.ON_BAD_IMAGE", "skipp", ["did you mean skip?"]),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", ["its own order", "'TrainingSampler'"]),
+        ("SOLVER.ACCELERATE.SGD", "Fused", ["did you mean fused?"]),
         ("SOLVER.AMP.DTYPE", "fp16", ["float16", "bfloat16"]),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full", ["full_model"]),
     ],
@@ -32,6 +33,7 @@ def test_an_unknown_choice_is_refused(key, value, words):
     "key, value",
     [
         ("DATALOADER.ON_BAD_IMAGE", "skip"),
+        ("SOLVER.ACCELERATE.SGD", "foreach"),
         ("SOLVER.AMP.DTYPE", ""),
         ("SOLVER.AMP.DTYPE", "float16"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
@@ -39,6 +41,15 @@ def test_an_unknown_choice_is_refused(key, value, words):
 )
 def test_a_known_choice_passes(key, value):
     assert key not in problems(key, value)
+
+
+def test_poolers_that_cannot_be_replaced_are_said_before_the_run():
+    key, ratio = "SOLVER.ACCELERATE.ROI_ALIGN", "MODEL.{}.POOLER_SAMPLING_RATIO"
+    assert key not in problems(key, True)
+    none = [ratio.format("ROI_BOX_HEAD"), 0, ratio.format("ROI_MASK_HEAD"), 0]
+    found = problems(key, True, *none)[key]
+    assert found.level == "error" and ratio.format("ROI_BOX_HEAD") in str(found)
+    assert key not in problems(*none)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

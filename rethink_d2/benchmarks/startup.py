@@ -4,7 +4,8 @@ A COCO file of as many images as asked for repeats the annotations of a real dat
 process of its own and counts from the end of the imports until a first record is read: annotations loaded,
 images without objects left out, instances per class counted. Peak memory includes the imports, and what was
 read of mapped files, though the system may take that back. Private memory is what starting and reading
-SAMPLES records add to what the process shares with no other, while another process uses the same index.
+SAMPLES records add to what the process shares with no other, while others use the same index; a loader
+worker's is all that it shares with no other process.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 from detectron2.data import DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
+from torch.utils.data import DataLoader
 
 from ..data.glyphs import CACHE_ENV
 from ..data.loader import Groups, drop_unusable, training_records
@@ -31,6 +33,7 @@ from .common import Result, peak_of_this_process
 
 NAME = "rethink_benchmark_startup"
 SAMPLES = 500
+WORKERS = 2  # of each process
 # Of train2017: 860,001 instances and crowd regions in 118,287 images.
 ANNOTATIONS_PER_IMAGE = 7.27
 
@@ -39,6 +42,7 @@ def add_arguments(parser):
     """The benchmark's own arguments."""
     parser.add_argument("--images", type=int, default=118_287, help="train2017 has 118287")
     parser.add_argument("--dataset", default="coco_2017_train", help="whose annotations are repeated")
+    parser.add_argument("--processes", type=int, default=8, help="that use one index at the same time")
 
 
 def run(args):
@@ -54,14 +58,16 @@ def run(args):
     json_file = generated(args.dataset, args.images)
     size = f"{os.path.getsize(json_file) / 1e6:.0f} MB of JSON in {json_file}"
     starts = {"stock": [], "first": [], "later": []}
+    private = []  # the most that one of many processes has
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as cache:
             starts["stock"].append(_start("stock", json_file, cache))
             starts["first"].append(_start("first", json_file, cache))
-            with _another_process(json_file, cache):
+            with _staying(args.processes, json_file, cache) as others:
                 starts["later"].append(_start("later", json_file, cache))
-        if len({start[-1]["records"] for start in starts.values()}) > 1:
+        if len({start["records"] for start in (*others, *(s[-1] for s in starts.values()))}) > 1:
             raise RuntimeError(f"{json_file}: the index has other records than Detectron2")
+        private.append(max(max(o["private memory"], o["private memory of workers"]) for o in others))
     results = []
     for kind, what, unit in (
         ("first", "seconds", "s"),
@@ -71,6 +77,8 @@ def run(args):
     ):
         ours, theirs = ([start[what] for start in starts[k]] for k in (kind, "stock"))
         results.append(Result(f"{kind} start: {what}", "Detectron2", ours, theirs, unit, size))
+    what = f"{args.processes} processes with {WORKERS} workers each: most private memory of one"
+    results.append(Result(what, "Detectron2, one process", private, theirs, "MB", size))
     return results
 
 
@@ -122,17 +130,23 @@ def _start(kind, json_file, cache):
 
 
 @contextlib.contextmanager
-def _another_process(json_file, cache):
-    """A process that has read the same records and stays."""
-    with subprocess.Popen(
-        _command("stay", json_file),
-        env={**os.environ, CACHE_ENV: cache},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        process.stdout.readline()
-        yield  # leaving the block closes its input, which ends it
+def _staying(count, json_file, cache):
+    """Processes that start together, read records, also with workers, and stay; yields their measures."""
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    _command("stay", json_file),
+                    env={**os.environ, CACHE_ENV: cache},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
+            for _ in range(count)
+        ]
+        yield [json.loads(process.stdout.readline()) for process in started]
+        # leaving the block closes their inputs, which ends them
 
 
 def measure(kind, json_file):
@@ -167,6 +181,17 @@ def measure(kind, json_file):
     return {"seconds": seconds, "peak memory": peak, "private memory": added, "records": digest}, records
 
 
+def workers_memory(records):
+    """The most private memory, in MB, of loader workers that read SAMPLES records."""
+    groups = Groups(records, _look, 2, 1, by_orientation=True)
+    loader = DataLoader(groups, batch_size=None, sampler=range(SAMPLES // 2), num_workers=WORKERS)
+    return max(sample["private memory"] for group in loader for sample in group)
+
+
+def _look(record):
+    return {"private memory": _private_memory()}
+
+
 def _private_memory():
     """MB that no other process shares."""
     with open("/proc/self/smaps_rollup") as f:
@@ -179,6 +204,8 @@ if __name__ == "__main__":
     parser.add_argument("json_file")
     options = parser.parse_args()
     measured, kept = measure(options.kind, options.json_file)  # kept, as an index is mapped while it is used
+    if options.kind == "stay":
+        measured["private memory of workers"] = workers_memory(kept)
     print(json.dumps(measured), flush=True)
     if options.kind == "stay":
         sys.stdin.read()

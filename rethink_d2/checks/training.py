@@ -10,7 +10,9 @@ from detectron2.utils.file_io import PathManager
 
 from ..data.classification import class_names
 from ..data.files import data_paths, is_generated, missing_files, remedy
+from ..data.loader import other_classes
 from ..disk import checkpoint_bytes, checkpoints_kept
+from ..modeling.pooler import fast_poolers
 from ..solver.schedule import parse
 from ..spelling import nearest
 from .problem import Problem
@@ -19,6 +21,7 @@ from .problem import Problem
 CHOICES = {
     "DATALOADER.ON_BAD_IMAGE": (["stop", "skip"], ""),
     "DATALOADER.SAMPLER_TRAIN": (["TrainingSampler"], " (the loader has its own order, data/order.py)"),
+    "SOLVER.ACCELERATE.SGD": (["", "foreach", "fused"], ""),
     "SOLVER.AMP.DTYPE": (["", "float16", "bfloat16"], ""),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": (["value", "norm", "full_model"], ""),
 }
@@ -82,6 +85,17 @@ def _choices(s):
             yield Problem(key, f"{value!r} is not one of {values}{why}{nearest(value, values)}", "correct it")
 
 
+def _poolers(s):
+    wanted = s.cfg.SOLVER.ACCELERATE.ROI_ALIGN and s.model is not None
+    if wanted and not any(fast_poolers(module) for module in s.model.modules()):
+        keys = [f"MODEL.{head}.POOLER_SAMPLING_RATIO" for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD")]
+        yield Problem(
+            "SOLVER.ACCELERATE.ROI_ALIGN",
+            f"the model has no ROIAlign pooler with a positive {keys[0]}, and others are not made faster",
+            f"set it to False, or {' and '.join(f'{key} 2' for key in keys)}",
+        )
+
+
 def _writers(s):
     writers, key = s.cfg.LOG.WRITERS, "LOG.WRITERS"
     for name in writers:
@@ -135,6 +149,8 @@ def _data_sets(s):
         names = s.cfg.DATASETS[key]
         if key == "TRAIN" and not names:
             yield Problem("DATASETS.TRAIN", "nothing to train on", "name at least one data set")
+        if key == "TRAIN" and (differ := other_classes([name for name in names if name in registered])):
+            yield Problem("DATASETS.TRAIN", differ, "train on sets with the same classes in the same order")
         for name in names:
             if name not in registered:
                 what = f"{name} is not registered{nearest(name, registered)}"
@@ -176,4 +192,4 @@ def _data_set(s, key, name):
         )
 
 
-RULES = (_schedule, _rate, _batch, _choices, _writers, _classification, _data_sets, _disk)
+RULES = (_schedule, _rate, _batch, _choices, _poolers, _writers, _classification, _data_sets, _disk)

@@ -1,20 +1,22 @@
 """A compact index of COCO annotations, kept on disk and shared by all processes through the page cache.
 
 Detectron2 parses a COCO file at every start of every process, and keeps all of it in each. Here the first
-start writes an index below :func:`rethink_d2.data.glyphs.cache_root`; later ones map it into memory. The
-records are those of Detectron2's ``load_coco_json``, made when they are asked for; what a start asks of all
-records (sizes, classes, crowds, keypoints) are arrays.
+start writes an index below :func:`rethink_d2.data.glyphs.cache_root`, named by the file's content; later
+ones map it into memory. Once the content is another, the index of what it was is removed. The records are
+those of Detectron2's ``load_coco_json``, made when they are asked for; what a start asks of all records
+(sizes, classes, crowds, keypoints) are arrays.
 
 It serves data sets registered by ``register_coco_instances``, Detectron2's own COCO sets among them, and
 their subsets (data/subsets.py). Others are loaded as their own functions do.
 """
 
+import contextlib
 import copy
-import functools
+import fcntl
+import glob
 import hashlib
 import inspect
 import itertools
-import json
 import logging
 import mmap
 import os
@@ -33,6 +35,7 @@ from detectron2.utils.file_io import PathManager
 from filelock import FileLock
 
 from ._index_build import Unfit, build, read_header
+from .content import content_digest, known_digests
 from .glyphs import CACHE_ENV, cache_root
 
 __all__ = ["IndexedRecords", "dataset_digest", "load"]
@@ -73,6 +76,9 @@ class IndexedRecords(Sequence):
         with open(self._path, "rb") as f:
             if not os.fstat(f.fileno()).st_size:
                 raise Unfit("it is empty")
+            # Says that it is in use, for as long as it is mapped; some file systems cannot.
+            with contextlib.suppress(OSError):
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self._file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         header = read_header(self._file)
         self.digest = header.sha256
@@ -245,9 +251,8 @@ def load(name):
 def dataset_digest(name):
     """SHA-256 of a data set's annotation file, for telling whether two data sets are the same.
 
-    It is part of the index, so that it costs nothing once there is one; otherwise the file is read, once in a
-    process as long as its size and time stay. A subset, which follows from its name and its sources, has
-    theirs.
+    It costs nothing where data/content.py has it; otherwise the file is read, once in a process as long as it
+    stays. A subset, which follows from its name and its sources, has theirs.
 
     Args:
         name (str): a data set.
@@ -262,15 +267,7 @@ def dataset_digest(name):
     json_file = _source(name)[0]
     if json_file is None or not os.path.isfile(json_file):
         return None
-    return _digest(json_file, _index_path(json_file))
-
-
-@functools.lru_cache
-def _digest(json_file, index_path):
-    if records := _opened(index_path):
-        return records.digest
-    with open(json_file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return content_digest(json_file)
 
 
 def _source(name):
@@ -289,29 +286,35 @@ def _source(name):
     return PathManager.get_local_path(os.fspath(json_file)), image_root
 
 
-def _index_path(json_file):
-    """Where the index of a file belongs; a changed file has another."""
-    stat = os.stat(json_file)
-    stamp = json.dumps([os.path.abspath(json_file), stat.st_size, stat.st_mtime_ns])
-    key = hashlib.sha256(stamp.encode()).hexdigest()[:16]
-    return cache_root() / _VERSION / f"{Path(json_file).stem}-{key}.index"
-
-
-def _opened(path):
+def _opened(path, digest):
+    """Whether there is an index of that content."""
     try:
-        return IndexedRecords(path, "")
+        return IndexedRecords(path, "").digest == digest
     except (OSError, ValueError):  # absent or damaged: both are mended by writing it
-        return None
+        return False
 
 
 def _ensure(json_file):
-    path = _index_path(json_file)
-    if _opened(path):  # without the lock, so that a finished cache may be read-only
+    digest, stem = content_digest(json_file), Path(json_file).stem
+    path = cache_root() / _VERSION / f"{stem}-{digest[:16]}.index"
+    if _opened(path, digest):  # without the lock, so that a finished cache may be read-only
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{path.name}.lock"):
-        if not _opened(path):
+    with FileLock(path.parent / f".{stem}.lock"):
+        if not _opened(path, digest):
             size = os.stat(json_file).st_size / 2**20
             logger.info("Writing the index of %s (%.0f MiB), once: %s", json_file, size, path)
             build(json_file, path)
+            _remove_others(path.parent, stem, {digest, *known_digests(stem)})
     return path
+
+
+def _remove_others(folder, stem, digests):
+    """Remove indexes of what files of this name held before, but for those that a process has mapped."""
+    kept = {digest[:16] for digest in digests}
+    for path in folder.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}.index"):
+        if path.stem[-16:] not in kept:
+            with contextlib.suppress(OSError), open(path, "rb") as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                logger.info("Removed %s: nothing holds these annotations any more", path)

@@ -13,6 +13,7 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
+    print_instances_class_histogram,
 )
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.detection_utils import SizeMismatchError
@@ -66,6 +67,26 @@ def _has_area(annotation, record):
     return min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
 
 
+def other_classes(names):
+    """Say which of several data sets do not have the same classes in the same order.
+
+    Args:
+        names (Iterable[str]): registered; those whose classes are not known (yet) are passed over.
+
+    Returns:
+        str: "" when nothing is wrong.
+    """
+    found = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+    found = [(name, list(classes)) for name, classes in found.items() if classes]
+    for name, classes in found[1:]:
+        first, expected = found[0]
+        if classes != expected:
+            pairs = itertools.zip_longest(expected, classes)
+            at, (a, b) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            return f"class {at} is {a!r} in {first}, but {b!r} in {name}"
+    return ""
+
+
 def training_records(cfg):
     """The images that ``cfg`` trains on, counted in the log.
 
@@ -74,7 +95,7 @@ def training_records(cfg):
         list[dict] for others.
 
     Raises:
-        ValueError: nothing to train on is left.
+        ValueError: nothing to train on is left, or several data sets have other classes.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     records = _indexed(*cfg.DATASETS.TRAIN) if len(cfg.DATASETS.TRAIN) == 1 else None
@@ -82,6 +103,8 @@ def training_records(cfg):
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=False, min_keypoints=keypoints, check_consistency=False
         )
+        if differ := other_classes(cfg.DATASETS.TRAIN):
+            raise ValueError(f"DATASETS.TRAIN: {differ}; train on sets with the same classes")
     elif keypoints:
         records = records.with_keypoints(keypoints)
     records, counts = drop_unusable(records)
@@ -96,8 +119,11 @@ def training_records(cfg):
         raise ValueError(
             f"DATASETS.TRAIN: no image of {', '.join(cfg.DATASETS.TRAIN)} has an object to train on"
         )
+    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
     if isinstance(records, index.IndexedRecords):
         records.log_histogram()
+    elif classes and "annotations" in records[0]:
+        print_instances_class_histogram(records, classes)
     return records
 
 

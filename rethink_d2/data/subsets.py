@@ -42,6 +42,7 @@ from filelock import FileLock
 
 from ..files import replace_atomically
 from ._index_build import pieces, read_text
+from .content import content_digest
 from .files import is_generated, remedy
 from .glyphs import CACHE_ENV, cache_root
 
@@ -165,8 +166,8 @@ def ensure(name):
         names = ", ".join(n for n, s in found.items() if s and not s.seed)
         raise ValueError(f"{name} is not a subset; there are {names}, and other seeds of draws")
     paths = [_source_file(read, name) for read in subset.reads]
-    stamps = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
-    key = hashlib.sha256(json.dumps([astuple(subset), stamps]).encode()).hexdigest()[:16]
+    sources = json.dumps([astuple(subset), *map(content_digest, paths)])
+    key = hashlib.sha256(sources.encode()).hexdigest()[:16]
     path = cache_root() / "subsets_v1" / f"{name}-{key}.json"
     if not path.exists():
         try:

@@ -33,13 +33,16 @@ def accelerate(model, options):
         nn.Module: the same model.
 
     Raises:
-        ValueError: there is nothing to compile, or nothing to compile with.
+        ValueError: there is no pooler to replace, nothing to compile, or nothing to compile with.
     """
     if options.CHANNELS_LAST:
         # Convolutions hand the format of their weights on to what follows.
         model.to(memory_format=torch.channels_last)
-    if options.ROI_ALIGN:
-        replace_poolers(model)
+    if options.ROI_ALIGN and not replace_poolers(model):
+        raise ValueError(
+            f"SOLVER.ACCELERATE.ROI_ALIGN: {type(model).__name__} has no ROIAlign pooler with a positive "
+            "POOLER_SAMPLING_RATIO, and others are not made faster; set it to False"
+        )
     if options.COMPILE:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
@@ -95,3 +98,23 @@ def set_sgd_implementation(optimizer, name):
         raise ValueError(f"SOLVER.ACCELERATE.SGD is {name!r}: use one of {', '.join(map(repr, SGD))}")
     for group in optimizer.param_groups if name else ():
         group["foreach"], group["fused"] = name == "foreach", name == "fused"
+    if name == "fused":
+        optimizer.register_step_pre_hook(_complete_momentum)
+
+
+def _complete_momentum(optimizer, *_):
+    """Give the fused kernel what it takes for granted: momentum of all parameters, in memory as they are.
+
+    Without this it refuses a parameter that gets its first gradient later than others, such as a new one in a
+    model that goes on, and it scrambles momentum of another memory format.
+    """
+    momentum = "momentum_buffer"
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if p.grad is None:
+                continue
+            state = optimizer.state[p]
+            if state.get(momentum) is None:
+                state[momentum] = torch.zeros_like(p)  # no history, as dampening is 0
+            elif state[momentum].stride() != p.stride():
+                state[momentum] = torch.empty_like(p).copy_(state[momentum])

@@ -190,7 +190,7 @@ class _Evaluation(COCOeval_faster):
         p.maxDets = sorted(p.maxDets)
         images = set(p.imgIds)
         truth = defaultdict(lambda: defaultdict(list))
-        for annotation in self.cocoGt.dataset["annotations"]:
+        for annotation in self.cocoGt.loadAnns(self.cocoGt.getAnnIds(list(images), p.catIds)):
             truth[annotation["category_id"]][annotation["image_id"]].append(annotation)
         shape = [len(x) for x in (p.iouThrs, p.recThrs, p.catIds, p.areaRng, p.maxDets)]
         # -1: nothing to find.
@@ -207,26 +207,28 @@ class _Evaluation(COCOeval_faster):
         ids = itertools.count(1)  # 0 would mean "not matched"
         objects, detections = faster_eval_api_cpp.Dataset(), faster_eval_api_cpp.Dataset()
         overlaps = []
-        for image in images:
+        for place, image in enumerate(images):  # whose ids may be strings
             annotations = truth.get(image, ())
             for annotation in annotations:
-                objects.append_ref(image, 0, self._object(annotation))
+                # As in pycocotools, an object with the id 0 is never found.
+                number = 0 if annotation["id"] == 0 else next(ids)
+                objects.append_ref(place, 0, self._object(number, annotation))
             results = sorted(found.get(image, ()), key=itemgetter("score"), reverse=True)
             results = results[: self.params.maxDets[-1]]
             for result, area in zip(results, self._areas(results), strict=True):
-                detections.append_ref(image, 0, {"id": next(ids), "score": result["score"], "area": area})
+                detections.append_ref(place, 0, {"id": next(ids), "score": result["score"], "area": area})
             overlaps.append([self._overlaps(results, annotations) if results and annotations else []])
         params = copy.copy(self.params)
-        params.imgIds, params.catIds = images, [0]
+        params.imgIds, params.catIds = list(range(len(images))), [0]
         return faster_eval_api_cpp.COCOevalEvaluateAccumulate(
-            params, overlaps, objects, detections, images, [0], True
+            params, overlaps, objects, detections, params.imgIds, [0], True
         )
 
-    def _object(self, annotation):
+    def _object(self, number, annotation):
         crowd = bool(annotation.get("iscrowd", 0))
         unlabelled = self.params.iouType == "keypoints" and annotation["num_keypoints"] == 0
         return {
-            "id": annotation["id"],
+            "id": number,
             "area": annotation["area"],
             "iscrowd": crowd,
             "ignore": crowd or unlabelled,

@@ -16,10 +16,15 @@ def build_evaluator(cfg, name):
     """The evaluator for the data set `name`: COCO's metrics, VOC's, or top-1 and top-5 accuracy.
 
     Raises:
-        ValueError: the data set's ``evaluator_type`` is none of them.
+        ValueError: the data set's ``evaluator_type`` is none of them, or it lacks what that needs.
     """
     kind = MetadataCatalog.get(name).get("evaluator_type", None)
     if kind == "coco":
+        if not MetadataCatalog.get(name).get("json_file"):
+            raise ValueError(
+                f"DATASETS.TEST: {name} has evaluator_type 'coco' but no file of annotations; write "
+                f"MetadataCatalog.get({name!r}).json_file = ... where you register it"
+            )
         # Without a folder no result files are written: run folders keep metrics only.
         return FastCOCOEvaluator(name, output_dir=None, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if kind == "pascal_voc":

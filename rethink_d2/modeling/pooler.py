@@ -126,7 +126,12 @@ def replace_poolers(model):
 
     Args:
         model (nn.Module): changed in place; poolers have no parameters, so its state stays as it is.
+
+    Returns:
+        int: how many were replaced.
     """
-    for module in list(model.modules()):
-        for name, fast in fast_poolers(module).items():
+    found = [(module, fast_poolers(module)) for module in model.modules()]
+    for module, poolers in found:
+        for name, fast in poolers.items():
             setattr(module, name, fast)
+    return sum(len(poolers) for _, poolers in found)

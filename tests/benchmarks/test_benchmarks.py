@@ -74,17 +74,21 @@ def test_overhead(results):
     assert found["mini: added in all | Detectron2"]["theirs"] == [100]
 
 
-def test_tta(results):
-    sizes = ["--models", "mini", "--sizes", 64, 80, "--images", 1, "--threads", 1, "--no-memory"]
-    found = results("tta", *sizes)
-    assert "detections equal, 100 per image" in found["mini with 4 views | Detectron2, passes of 2"]["note"]
+@pytest.mark.parametrize("sizes, default", [([64, 80], "pads"), ([64], "detections equal, 100 per image")])
+def test_tta(results, sizes, default):
+    more = ["--models", "mini", "--images", 1, "--threads", 1, "--no-memory"]
+    found = results("tta", "--sizes", *sizes, *more)
+    what = f"mini with {2 * len(sizes)} views | Detectron2, passes of "
+    assert "detections equal, 100 per image" in found[f"{what}2"]["note"]
+    assert default in found[f"{what}3"]["note"]
 
 
 @pytest.mark.slow
 def test_startup(results, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    found = results("startup", "--images", 200)
-    assert len(found) == 4
+    found = results("startup", "--images", 200, "--processes", 2)
+    assert len(found) == 5
+    assert any(name.startswith("2 processes with 2 workers each") for name in found)
 
 
 def test_what_is_missing_is_named(capsys):

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from rethink_d2 import recipe
 from rethink_d2.config import add_rethink_config
 from rethink_d2.data.loader import build_train_loader, drop_unusable, training_records
 
@@ -74,6 +75,45 @@ def test_nothing_to_train_on_names_the_key():
             training_records(config("test_nothing"))
     finally:
         DatasetCatalog.remove("test_nothing")
+
+
+@pytest.fixture
+def two_sets():
+    """two_sets(classes, other classes) -> the names of two sets of one image."""
+    names = ("test_classes_a", "test_classes_b")
+
+    def register(*classes):
+        for name, own in zip(names, classes, strict=True):
+            record = {"file_name": name, "annotations": [annotation(3, 4)]}
+            DatasetCatalog.register(name, lambda record=record: [record])
+            MetadataCatalog.get(name).set(**({"thing_classes": own} if own else {}))
+        return names
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("other", [["dog", "cat"], ["cat", "dog", "bird"], ["cat"]])
+def test_sets_with_other_classes_are_not_trained_on_together(two_sets, other):
+    cfg = config("")
+    cfg.DATASETS.TRAIN = two_sets(["cat", "dog"], other)
+    with pytest.raises(
+        ValueError, match="DATASETS.TRAIN: class [012] is .* in test_classes_a, .* in test_cl"
+    ):
+        training_records(cfg)
+    assert "test_classes_b" in str(next(p for p in recipe.check(cfg) if p.key == "DATASETS.TRAIN"))
+
+
+@pytest.mark.parametrize("classes, other", [(["cat", "dog"], ("cat", "dog")), (["cup"], None)])
+def test_sets_with_the_same_classes_are_counted_by_class(two_sets, classes, other, caplog):
+    cfg = config("")
+    cfg.DATASETS.TRAIN = two_sets(classes, other)
+    with caplog.at_level("INFO"):
+        assert len(training_records(cfg)) == 2
+    assert f"Distribution of instances among all {len(classes)} categories" in caplog.text
+    assert not [p for p in recipe.check(cfg) if p.key == "DATASETS.TRAIN"]
 
 
 def test_genuine_coco_is_counted(real_data, caplog):

@@ -136,9 +136,11 @@ def test_a_branch_with_nothing_left_to_train(toy_data, tmp_path):
     assert_same_run(tmp_path / "branch", tmp_path / "trunk")
 
 
-def test_the_cascade_phase(glyphs_here, tmp_path, caplog):
+@pytest.mark.parametrize("sgd", ["", "fused"])
+def test_the_cascade_phase(glyphs_here, tmp_path, caplog, sgd):
     caplog.set_level(logging.INFO, "rethink_d2")
     long = ["SOLVER.SCHEDULE", "27", "SOLVER.CHECKPOINT_PERIOD", "0", "SOLVER.BRANCH_POINTS", "(12,)"]
+    long += ["SOLVER.ACCELERATE.SGD", sgd]
     train(config(tmp_path / "trunk", *long))
     heads = [
         *("MODEL.ROI_HEADS.NAME", "LastStageMaskCascadeROIHeads", "SOLVER.CASCADE_FROM", "12"),

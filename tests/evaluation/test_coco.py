@@ -264,6 +264,36 @@ def test_any_boxes(register, truth, found, max_dets):
     assert_same(ours, Detectron2s(name, max_dets_per_image=max_dets))
 
 
+OTHERS = [
+    (1, 10, (50, 50, 20, 20)),
+    (2, 10, (0, 0, 20, 30)),
+    (2, 10, (60, 60, 30, 30)),
+    (3, 10, (5, 5, 9, 9)),
+]
+FOUND = [(i, 0, box, score) for (i, _, box), score in zip(OTHERS, (0.9, 0.8, 0.7, 0.6), strict=True)]
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2, 3), (-2, -1, 1, 2), (1, 2, 2, 3), (4, 4, 4, 4)], ids=str)
+def test_any_ids_of_annotations(register, ids):
+    """One of 0 is never found in pycocotools, and the last of several with one id stands for all of them."""
+    truth = [(*place, {"id": i, "iscrowd": 0}) for place, i in zip(OTHERS, ids, strict=True)]
+    name = register(truth)
+    assert_same(predict(Ours(name), FOUND), Detectron2s(name))
+
+
+def test_image_ids_may_be_strings(register, tmp_path):
+    name = register([(*place, {"id": i, "iscrowd": 0}) for i, place in enumerate(OTHERS, 1)])
+    document = json.loads((tmp_path / "truth.json").read_text())
+    for image in document["images"]:
+        image["id"] = f"image {image['id']}"
+    for annotation in document["annotations"]:
+        annotation["image_id"] = f"image {annotation['image_id']}"
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    found = [(f"image {i}", *rest) for i, *rest in FOUND[1:]]
+    ours = predict(Ours(name), found, [f"image {i}" for i in (1, 2, 3)])
+    assert 0 < assert_same(ours, Detectron2s(name))["bbox"]["AP"] < 100
+
+
 def test_nothing_found_is_not_a_number(register):
     name = register([CAT])
     metrics = assert_same(predict(Ours(name), []), Detectron2s(name))["bbox"]

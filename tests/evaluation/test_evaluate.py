@@ -4,11 +4,13 @@ import sys
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
 from rethink_d2 import model_zoo, recipe
 from rethink_d2.evaluation import evaluate
+from rethink_d2.evaluation.evaluate import build_evaluator
 from rethink_d2.modeling import initialize
 from rethink_d2.modeling.tta import RCNNWithTTA
 
@@ -80,3 +82,14 @@ def test_models_that_cannot_be_augmented_are_refused(glyph_cache):
     cfg = config("glyphs_tiny_val", "TEST.AUG.ENABLED", "True")
     with pytest.raises(ValueError, match="TEST.AUG.ENABLED"):
         evaluate(cfg, nn.Linear(1, 1), "glyphs_tiny_val")
+
+
+def test_a_coco_set_without_a_file_is_refused_by_that_name():
+    DatasetCatalog.register("test_no_file", list)
+    MetadataCatalog.get("test_no_file").set(evaluator_type="coco", thing_classes=["a"])
+    try:
+        with pytest.raises(ValueError, match="DATASETS.TEST: test_no_file .*json_file"):
+            build_evaluator(config("test_no_file"), "test_no_file")
+    finally:
+        DatasetCatalog.remove("test_no_file")
+        MetadataCatalog.remove("test_no_file")
