@@ -23,12 +23,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..data.order import mix
 from ..engine import Trainer
+from ..engine.acceleration import PADDED_TO
 from ..engine.trainer import build_initialized_model
 from . import _models
 from .common import Result, compare, peak_memory, use_threads
 
 FAST = {"SOLVER__ACCELERATE__ROI_ALIGN": True, "SOLVER__ACCELERATE__SGD": "fused"}
 VARIANTS = {"as configured": {}, "ROI_ALIGN, SGD fused": FAST}
+COMPILED = {"COMPILE": {"SOLVER__ACCELERATE__COMPILE": True}}
 # Of two sides, relative to their size; sums are added in another order.
 LOSSES_DIFFER, WEIGHTS_DIFFER = 1e-4, 1e-3
 
@@ -53,6 +55,8 @@ def add_arguments(parser):
     parser.add_argument("--shape", type=int, nargs=2, default=(320, 480), help="height and width of images")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="also shares of a step by kind of operation")
+    compiled = f"also SOLVER.ACCELERATE.COMPILE; pads no --shape of multiples of {PADDED_TO}, such as 384 512"
+    parser.add_argument("--compile", action="store_true", help=compiled)
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 
 
@@ -70,9 +74,10 @@ def run(args):
 
 
 def _run(model, args):
+    variants = VARIANTS | (COMPILED if args.compile else {})
     with tempfile.TemporaryDirectory() as folder:
         stock = Step("stock", model, args.dataset, args.shape, folder)
-        ours = {what: Step(what, model, args.dataset, args.shape, folder) for what in VARIANTS}
+        ours = {what: Step(what, model, args.dataset, args.shape, folder) for what in variants}
         before = {name: value.clone() for name, value in stock.model.state_dict().items()}
         for step in (stock, *ours.values()):
             step()
@@ -131,7 +136,7 @@ class Step:
     """A training step that can be repeated on one batch.
 
     Args:
-        what (str): "stock" for Detectron2's, else one of :data:`VARIANTS`.
+        what (str): "stock" for Detectron2's, else one of :data:`VARIANTS` or :data:`COMPILED`.
         model (str): one of :data:`_models.MODELS`.
         dataset (str), shape (tuple[int, int]): where the batch comes from, and the size of its images.
         folder (str): for what a trainer writes.
@@ -142,7 +147,7 @@ class Step:
     """
 
     def __init__(self, what, model, dataset, shape, folder):
-        cfg = _models.config(model, dataset, shape, folder, **VARIANTS.get(what, {}))
+        cfg = _models.config(model, dataset, shape, folder, **(VARIANTS | COMPILED).get(what, {}))
         np.random.seed(0)
         batch = _models.samples(cfg, shape, cfg.SOLVER.IMS_PER_BATCH)
         if what == "stock":
