@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import threading
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
-from .preemption import end_if_orphaned, forward_to_children
+from .preemption import end_if_orphaned, forward_to_children, watch_parent
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +69,7 @@ class _Launched:
         self._main = main
 
     def __setstate__(self, state):
-        self.__dict__.update(state, _joined=threading.Event())
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self):
-        while not self._joined.wait(1):
-            end_if_orphaned()
+        self.__dict__.update(state, _joined=watch_parent())
 
     def __call__(self, args):
         self._joined.set()

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
+import threading
 
 from detectron2.utils import comm
 
@@ -23,6 +24,7 @@ __all__ = [
     "end_workers",
     "forward_to_children",
     "ignore_signals",
+    "watch_parent",
 ]
 
 logger = logging.getLogger(__name__)
@@ -39,18 +41,35 @@ class Preempted(Exception):
 def ignore_signals(_=None):
     """Let a loader's worker outlive signals to its whole group: the run still needs it to stop in order.
 
-    A ``worker_init_fn``; :func:`end_workers` then has to end such workers.
+    A ``worker_init_fn``; :func:`end_workers` then has to end such workers, unless the run is killed.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    watch_parent()
+
+
+def watch_parent():
+    """End this process within a second after the one that started it has ended, however that happened.
+
+    PyTorch's launched processes notice that from their start on only, which takes seconds to come. Its loader
+    workers do, and then wait for ever to hand over what they have prepared, with all locks that they inherited.
+
+    Returns:
+        threading.Event: set it to end the watch.
+    """
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(1):
+            end_if_orphaned()
+
     end_if_orphaned()
+    threading.Thread(target=watch, daemon=True).start()
+    return over
 
 
 def end_if_orphaned():
-    """End this process at once if the one that started it was killed meanwhile.
-
-    PyTorch's workers and launched processes notice from their start on only, which takes seconds to come.
-    """
+    """End this process at once if the one that started it was killed meanwhile."""
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
         os._exit(1)

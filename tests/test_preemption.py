@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -178,6 +179,25 @@ WORKERS_THAT_DO_NOT_LISTEN = """
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     {end}
 """
+# Their pipe is full: nobody takes what they have prepared, and each holds the other's reading end open.
+WORKERS_OF_A_KILLED_RUN = """
+    import multiprocessing, os, signal, time
+    from torch.utils.data import DataLoader
+    from rethink_d2.preemption import ignore_signals
+
+    class Large:
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, i):
+            return bytes(1 << 20)
+
+    batches = iter(DataLoader(Large(), batch_size=None, num_workers=2, worker_init_fn=ignore_signals))
+    next(batches)
+    time.sleep(0.5)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def runs(pid):
@@ -193,7 +213,20 @@ def test_workers_that_do_not_listen_end_with_the_run(end, code):
     script = textwrap.dedent(WORKERS_THAT_DO_NOT_LISTEN).format(end=end)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.returncode == code, done.stderr
-    workers = done.stdout.split()
+    assert_that_two_end(done.stdout.split())
+
+
+def test_workers_end_when_their_run_is_killed():
+    script = textwrap.dedent(WORKERS_OF_A_KILLED_RUN)
+    # Not a pipe, which the workers would keep open.
+    with tempfile.TemporaryFile("w+") as said:
+        killed = subprocess.run([sys.executable, "-c", script], stdout=said, timeout=100)
+        assert killed.returncode == -signal.SIGKILL
+        said.seek(0)
+        assert_that_two_end(said.read().split())
+
+
+def assert_that_two_end(workers):
     assert len(workers) == 2
     end = time.monotonic() + 20
     while any(map(runs, workers)):
