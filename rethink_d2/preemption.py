@@ -52,7 +52,7 @@ def watch_parent():
     """End this process within a second after the one that started it has ended, however that happened.
 
     PyTorch's launched processes notice that from their start on only, which takes seconds to come. Its loader
-    workers do, and then wait for ever to hand over what they have prepared, with all locks that they inherited.
+    workers do, but then wait for ever to hand over what they have prepared, and keep inherited locks.
 
     Returns:
         threading.Event: set it to end the watch.

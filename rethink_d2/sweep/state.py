@@ -18,6 +18,7 @@ import functools
 import glob
 import json
 import os
+import signal
 import subprocess
 import time
 
@@ -27,11 +28,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .. import paper, recipe
-from ..files import read_json, write_json
+from .. import model_zoo, paper, recipe
+from ..files import write_json
 from ..preemption import EXIT_CODE
 from ..train import LOCK as TRAINING_LOCK
 from .plan import Node
+from .records import read, run_record
 
 __all__ = [
     "CLAIM",
@@ -63,18 +65,23 @@ TAIL = 1 << 16
 
 
 class State(enum.StrEnum):
-    """Of a run: ``interrupted`` has ended without saying so, ``changed`` is another recipe's folder."""
+    """Of a run: ``interrupted`` has ended without saying so, ``changed`` is another recipe's folder.
+
+    ``unreadable`` is none that runs are in: a file that tells the state is damaged.
+    """
 
     RUNNING = "running"
     FAILED = "failed"
     CHANGED = "changed"
+    UNREADABLE = "unreadable"
     INTERRUPTED = "interrupted"
     PREEMPTED = "preempted"
     FINISHED = "finished"
     WAITING = "waiting"
 
 
-STYLES = {State.FINISHED: "green", State.RUNNING: "bold", State.FAILED: "red", State.CHANGED: "red"}
+STYLES = {State.FINISHED: "green", State.RUNNING: "bold"}
+STYLES |= dict.fromkeys((State.FAILED, State.CHANGED, State.UNREADABLE), "red")
 
 
 def held(path):
@@ -120,9 +127,12 @@ def node_state(out, node, jobs=()):
 
     Returns:
         State: never raises for a missing folder.
+
+    Raises:
+        ValueError: a file in it is damaged; names it.
     """
     folder = os.path.join(out, node.id)
-    job = read_json(os.path.join(folder, LAUNCH), {}).get("job_id")
+    job = read(os.path.join(folder, LAUNCH), {}).get("job_id")
     if dict(jobs).get(job) in ("RUNNING", "COMPLETING"):
         return State.RUNNING
     if held(os.path.join(folder, CLAIM)) or held(os.path.join(folder, TRAINING_LOCK)):
@@ -133,10 +143,10 @@ def node_state(out, node, jobs=()):
 def recorded_state(out, node):
     """As :func:`node_state`, for a run that is known not to run."""
     folder = os.path.join(out, node.id)
-    launch = read_json(os.path.join(folder, LAUNCH), {})
+    launch = read(os.path.join(folder, LAUNCH), {})
     record = {}
     if node.kind not in RESULTS:
-        record = read_json(os.path.join(folder, "run.json"), {})
+        record = run_record(folder)
         if record and record["identity"] != node.identity:
             return State.CHANGED
         if record.get("state") == "done":
@@ -155,8 +165,8 @@ def _has_result(folder, node):
     if node.kind == "search":
         return os.path.exists(path)
     names, iteration = _evaluation(node.config_file, node.options)
-    rows = read_json(path, [])
-    return bool(names) and set(names) <= {row["dataset"] for row in rows if row["iteration"] == iteration}
+    rows = read(path, [])
+    return bool(names) and set(names) <= {r.get("dataset") for r in rows if r.get("iteration") == iteration}
 
 
 @functools.cache
@@ -172,7 +182,7 @@ class Progress:
 
     Attributes:
         state: of the run.
-        iteration, max_iter: done, and the run's length; both 0 for an evaluation.
+        iteration, max_iter: done, with those of the trunk, and the run's length; both 0 for an evaluation.
         ap: the newest value of the run's metric (0-100).
         rate: iterations per second.
         left: seconds.
@@ -193,6 +203,9 @@ def progress(out, node, jobs=()):
 
     Returns:
         Progress: from what the run has written so far.
+
+    Raises:
+        ValueError: as :func:`node_state`.
     """
     folder = os.path.join(out, node.id)
     state = node_state(out, node, jobs)
@@ -201,8 +214,9 @@ def progress(out, node, jobs=()):
     iteration = sum(done for done, _ in counted)
     seconds = max((each for _, each in counted if each), default=None)
     max_iter = node.start + node.iterations if node.iterations else 0
-    iteration = max_iter if state is State.FINISHED else min(max(iteration, node.start), max_iter)
-    rows = read_json(os.path.join(folder, "results.json"), [])
+    begun = node.start if os.path.exists(os.path.join(folder, "run.json")) else 0
+    iteration = max_iter if state is State.FINISHED else min(max(iteration, begun), max_iter)
+    rows = read(os.path.join(folder, "results.json"), [])
     values = [row[node.run.metric] for row in rows if row.get(node.run.metric) is not None]
     rate = left = None
     if state is State.RUNNING and seconds:
@@ -236,14 +250,19 @@ def _metrics(folder):
             row = json.loads(line)
         except ValueError:  # cut off, or half written
             continue
-        done = max(done, row.get("iteration", -1) + 1)
-        seconds = row.get("time", seconds)
+        if isinstance(row, dict):
+            done = max(done, row.get("iteration", -1) + 1)
+            seconds = row.get("time", seconds)
     return done, seconds
 
 
 def last_error(folder):
     """The line that says why a run has failed; "" where nothing does."""
-    error = read_json(os.path.join(folder, "run.json"), {}).get("last_error")
+    error = read(os.path.join(folder, "run.json"), {}).get("last_error")
+    code = read(os.path.join(folder, LAUNCH), {}).get("exit") or 0
+    if code < 0 and not error:
+        guess = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{guess}"
     lines = [error] if error else _tail(os.path.join(folder, LOG))
     return next((line.strip() for line in reversed("\n".join(lines).splitlines()) if line.strip()), "")
 
@@ -251,34 +270,47 @@ def last_error(folder):
 def _note(folder, state, jobs):
     if state in (State.FAILED, State.INTERRUPTED):
         return last_error(folder)
-    job = read_json(os.path.join(folder, LAUNCH), {}).get("job_id")
+    job = read(os.path.join(folder, LAUNCH), {}).get("job_id")
     return f"Slurm job {job} {jobs[job]}" if job in jobs else ""
 
 
 def remember(out, nodes):
-    """Add nodes to the plan that ``status`` and ``stop`` know, which replaces older ones of the same ids."""
+    """Add nodes to the plan that ``status`` and ``stop`` know, which replaces older ones of the same ids.
+
+    Raises:
+        ValueError: that plan is damaged.
+    """
     path = os.path.join(out, PLAN)
     os.makedirs(out, exist_ok=True)
+    configs = f"{model_zoo.config_dir()}{os.sep}"
+    # By name, because others may look with an installation of their own.
+    new = [{**dataclasses.asdict(n), "config_file": n.config_file.removeprefix(configs)} for n in nodes]
     with open(os.path.join(out, ".plan.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        known = {values["id"]: values for values in [*read_json(path, []), *map(dataclasses.asdict, nodes)]}
-        write_json(path, list(known.values()))
+        write_json(path, list({values.get("id"): values for values in [*read(path, []), *new]}.values()))
 
 
 def planned(out):
     """The nodes of all sweeps that ran in a folder, in the order of their plans.
 
     Raises:
-        ValueError: none did.
+        ValueError: none did, or another version's.
     """
-    known = read_json(os.path.join(out, PLAN))
-    if known is None:
+    path = os.path.join(out, PLAN)
+    if not os.path.exists(path):
         raise ValueError(f"{out} is no sweep's folder (it has no {PLAN}); start one with `run --out {out}`")
-    nodes = []
-    for values in known:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        nodes.append(Node(**{**values, "run": paper.Run(**values["run"])}))
-    return nodes
+    try:
+        return [_node(**values) for values in read(path, [])]
+    except TypeError as e:
+        raise ValueError(
+            f"{path} cannot be read: it is another version's ({e}); move it away, `run` makes a new one"
+        ) from e
+
+
+def _node(run, config_file, **values):
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    file = config_file and os.path.join(model_zoo.config_dir(), config_file)
+    return Node(run=paper.Run(**run), config_file=file, **values)
 
 
 def table(out):
@@ -288,7 +320,7 @@ def table(out):
         tuple[rich.console.Group, bool]: to print, and whether all runs are finished.
     """
     nodes, jobs = planned(out), queue() or {}
-    looks = [(node.id, progress(out, node, jobs)) for node in nodes]
+    looks = [(node.id, _look(out, node, jobs)) for node in nodes]
     rows = dict(sorted(looks, key=lambda look: [*State].index(look[1].state)))
     finished = sum(row.state is State.FINISHED for row in rows.values())
     title = f"{finished} of {len(rows)} finished, {time.strftime('%H:%M:%S')}"
@@ -309,6 +341,14 @@ def table(out):
         )
     notes = [Text(f"{id}: {row.note}") for id, row in rows.items() if row.note]
     return Group(made, *notes), finished == len(rows)
+
+
+def _look(out, node, jobs):
+    """As :func:`progress`; says what is damaged instead of raising it."""
+    try:
+        return progress(out, node, jobs)
+    except ValueError as e:
+        return Progress(State.UNREADABLE, 0, 0, note=str(e))
 
 
 def watch(out, console, seconds=5):

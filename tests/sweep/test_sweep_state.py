@@ -1,7 +1,9 @@
+import dataclasses
 import fcntl
 import io
 import json
 import os
+import signal
 import time
 
 import pytest
@@ -116,7 +118,11 @@ def test_progress_is_read_from_what_training_writes(tmp_path):
 
 
 def test_a_branch_begins_at_its_branch_point(tmp_path):
-    assert progress(str(tmp_path), node(A, start=100, iterations=300)).iteration == 100
+    made = node(A, start=100, iterations=300)
+    write(tmp_path, launch_json={"exit": 2})  # refused
+    assert progress(str(tmp_path), made).iteration == 0
+    write(tmp_path, run_json=run("running"))
+    assert progress(str(tmp_path), made).iteration == 100
 
 
 def test_the_end_of_a_long_file_is_enough(tmp_path, monkeypatch):
@@ -131,6 +137,17 @@ def test_the_last_line_of_the_error_is_shown(tmp_path):
     assert progress(str(tmp_path), node(A)).note == "last line"
     write(tmp_path, "b/seed1", launch_json={"exit": 2}, launch_log="much\nerror: no such data\n\n")
     assert progress(str(tmp_path), node("b/seed1")).note == "error: no such data"
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(signal.SIGKILL, "killed by SIGKILL (out of memory?)"), (signal.SIGSEGV, "killed by SIGSEGV")],
+)
+def test_a_run_that_a_signal_killed_says_so(tmp_path, number, text):
+    write(tmp_path, run_json=run("running"), launch_json={"exit": -number}, launch_log="iter: 19\n")
+    assert progress(str(tmp_path), node(A)).note == text
+    write(tmp_path, run_json=run("failed", error="E: why"))
+    assert progress(str(tmp_path), node(A)).note == "E: why"
 
 
 def test_the_plan_is_kept_and_grows(tmp_path):
@@ -151,6 +168,55 @@ def shown(out, width=200):
     console = Console(file=io.StringIO(), width=width)
     console.print(made)
     return console.file.getvalue(), finished
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"run_json": '{"sta'},
+        {"run_json": ""},
+        {"run_json": []},
+        {"run_json": {"state": "done"}},
+        {"run_json": {"state": "lost", "identity": A}},
+        {"launch_json": "5"},
+        {"run_json": run("done"), "results_json": ["x"]},
+    ],
+)
+def test_a_damaged_file_is_said_in_the_line_of_its_run(tmp_path, files):
+    remember(str(tmp_path), [node(A), node("b/seed1")])
+    path = write(tmp_path, **files) / [*files][-1].replace("_", ".")
+    write(tmp_path, "b/seed1", run_json=run("done", "b/seed1"))
+    text, finished = shown(tmp_path, 500)
+    assert "1 of 2 finished" in text and "unreadable" in text and not finished
+    assert f"{A}: {path} cannot be read: " in text
+    with pytest.raises(ValueError, match="cannot be read"):
+        progress(str(tmp_path), node(A))
+
+
+def test_foreign_lines_of_metrics_are_passed_over(tmp_path):
+    write(tmp_path, metrics_json='5\n[1]\n{"iteration": 9}\n')
+    assert progress(str(tmp_path), node(A)).iteration == 10
+
+
+@pytest.mark.parametrize("text", ['{"a', "7", '[{"id": "x"}]', '[{"id": "x", "run": {}, "config_file": ""}]'])
+def test_a_damaged_plan_is_named(tmp_path, text):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ValueError, match="sweep.json cannot be read"):
+        planned(str(tmp_path))
+
+
+def test_a_plan_of_another_installation_is_read(tmp_path, monkeypatch):
+    made = node(A, kind="evaluate", config_file=model_zoo.get_config_file("mini/imagenet_R_18_FPN_gn.yaml"))
+    monkeypatch.setattr(model_zoo, "config_dir", lambda: tmp_path / "theirs")
+    theirs = dataclasses.replace(made, config_file=str(tmp_path / "theirs/mini/imagenet_R_18_FPN_gn.yaml"))
+    remember(str(tmp_path), [theirs])
+    monkeypatch.undo()
+    assert planned(str(tmp_path)) == [made]
+    # A config of one's own is where it is, or was.
+    lost = node("b/seed1", kind="evaluate", config_file="/gone/x.yaml")
+    remember(str(tmp_path), [lost])
+    write(tmp_path, "b/seed1", launch_json={"identity": "b/seed1"}, results_json=[])
+    assert "b/seed1: " in shown(tmp_path)[0]
 
 
 def test_the_table_shows_every_run(tmp_path):
