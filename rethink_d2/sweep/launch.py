@@ -1,8 +1,9 @@
 """Run a plan on this machine: each run a process of its own, as soon as its parents are done.
 
-Two locks make sure that nothing runs twice and no GPU is used twice, by any number of sweeps: a run's
-``.claim`` and a device's file below ``.devices``. The training inherits both from the sweep that starts it:
-they stay locked while it runs, also when the sweep has been killed, and are free when both have ended.
+Two locks make sure that nothing runs twice and no GPU is used twice, by any number of sweeps on one folder:
+a run's ``.claim`` and a device's file below ``.devices``. The training inherits both from the sweep that
+starts it: they stay locked while it runs, also when the sweep has been killed, and are free when both have
+ended.
 """
 
 import dataclasses
@@ -17,7 +18,18 @@ import torch
 
 from ..preemption import EXIT_CODE
 from . import plan
-from .process import RETRIES, STOPPED, catch_signals, curable, current, ended, forget_stop, lock, start
+from .process import (
+    RETRIES,
+    STOPPED,
+    catch_signals,
+    curable,
+    current,
+    ended,
+    forget_stop,
+    lock,
+    reached,
+    start,
+)
 from .state import (
     CLAIM,
     LOG,
@@ -57,13 +69,19 @@ def slots(num_gpus, parallel=None):
 
 @dataclasses.dataclass
 class Child:
-    """A running process of this sweep."""
+    """A running process of this sweep.
+
+    Attributes:
+        attempt: how often its run has been started again since it last reached a new checkpoint.
+        reached: the iteration of its checkpoint when it was started.
+    """
 
     node: plan.Node
     process: subprocess.Popen
     slot: tuple
     fds: list
     attempt: int
+    reached: int
 
 
 class LocalSweep:
@@ -124,7 +142,9 @@ class LocalSweep:
         known = [self.outcome.get(parent) for parent in node.parents]
         for parent, outcome in zip(node.parents, known, strict=True):
             if outcome not in (None, State.FINISHED):
-                self.outcome[node.id] = f"needs {parent}"
+                # It may have finished before, with a parent of another plan.
+                finished = recorded_state(self.out, current(node, self._num_gpus)) is State.FINISHED
+                self.outcome[node.id] = State.FINISHED if finished else f"needs {parent}"
                 return
         if None in known:
             return
@@ -170,8 +190,9 @@ class LocalSweep:
     def _start(self, node, slot, fds, attempt):
         _, env, cores = slot
         argv = self._command(node, self._num_gpus, self.out)
+        before = reached(self._folder(node))
         process = start(self._folder(node), node, argv, "local", fds=fds, env=env, cores=cores)
-        self._children.append(Child(node, process, slot, fds, attempt))
+        self._children.append(Child(node, process, slot, fds, attempt, before))
         if self._signals:  # one has come before the handler knew of this child
             process.terminate()
         say(node.id, "started" if attempt == 0 else f"started again ({attempt} of {RETRIES})")
@@ -186,13 +207,14 @@ class LocalSweep:
         """Judge a process that has ended; returns whether it was started again."""
         node, code, folder = child.node, child.process.returncode, self._folder(child.node)
         ended(folder, code)
+        attempt = 0 if reached(folder) > child.reached else child.attempt
         if code == 0 and recorded_state(self.out, node) is State.FINISHED:
             self._decide(node, State.FINISHED)
         elif code in STOPPED or (self._signals and code < 0):
             self._decide(node, State.PREEMPTED)
-        elif not self._signals and child.attempt < RETRIES and curable(folder, code):
+        elif not self._signals and attempt < RETRIES and curable(folder, code):
             say(node.id, f"ended with {code}: {last_error(folder)}")
-            self._start(node, child.slot, child.fds, child.attempt + 1)
+            self._start(node, child.slot, child.fds, attempt + 1)
             return True
         else:
             self._decide(node, State.FAILED)

@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 
-from ..files import read_json, write_json
+from ..engine.checkpoint import checkpoints
+from ..files import write_json
 from ..preemption import EXIT_CODE
 from .plan import identity
+from .records import read
 from .state import CLAIM, LAUNCH, LOG, RESULTS, STOP, held, queue
 
 __all__ = [
@@ -21,12 +23,14 @@ __all__ = [
     "current",
     "ended",
     "forget_stop",
+    "hold_back",
     "lock",
+    "reached",
     "start",
     "stop",
 ]
 
-# More starts of a run that has crashed; it resumes.
+# More starts of a run that has crashed; it resumes. Counted anew from each new checkpoint on.
 RETRIES = 2
 REFUSED = 2
 # What comes back in the same way, since a run is a function of its config and seed.
@@ -111,7 +115,7 @@ def start(folder, node, argv, launcher, *, fds=(), env=None, cores=None, session
         subprocess.Popen: the process.
     """
     forget_stop(folder)
-    before = read_json(os.path.join(folder, LAUNCH), {}).get("identity")
+    before = read(os.path.join(folder, LAUNCH), {}).get("identity")
     if node.kind in RESULTS and before != node.identity:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, RESULTS[node.kind]))
@@ -141,12 +145,17 @@ def forget_stop(folder):
 def ended(folder, code):
     """Note a run's exit code in launch.json."""
     path = os.path.join(folder, LAUNCH)
-    write_json(path, {**read_json(path, {}), "exit": code})
+    write_json(path, {**read(path, {}), "exit": code})
+
+
+def reached(folder):
+    """The last iteration that a run's checkpoints contain; -1 for none."""
+    return max(checkpoints(folder), default=-1)
 
 
 def curable(folder, code):
     """Whether starting a failed run again may help: not after a refusal, or where it would fail again."""
-    error = read_json(os.path.join(folder, "run.json"), {}).get("last_error") or ""
+    error = read(os.path.join(folder, "run.json"), {}).get("last_error") or ""
     return code != REFUSED and not error.startswith(INCURABLE)
 
 
@@ -164,13 +173,13 @@ def stop(out, id):
         ValueError: it does not run, or not where this process can reach it.
     """
     folder = os.path.join(out, id)
-    launch = read_json(os.path.join(folder, LAUNCH), {})
+    launch = read(os.path.join(folder, LAUNCH), {})
     job, pid = launch.get("job_id"), launch.get("pid")
     if job:
         state = (queue() or {}).get(job)
         if state is None:
             raise ValueError(f"{id} does not run: Slurm job {job} has ended")
-        _mark_stopped(folder)
+        hold_back(folder)
         waits = state in ("PENDING", "REQUEUED")
         subprocess.run(["scancel", *([] if waits else ["--signal=TERM"]), job], check=True)
         return f"{id}: Slurm job {job} was asked to stop"
@@ -180,10 +189,12 @@ def stop(out, id):
         raise ValueError(f"{id} runs on {launch['host']}: stop it there")
     if started(pid) != launch["started"]:
         raise ValueError(f"{id} does not run any more")
-    _mark_stopped(folder)
+    hold_back(folder)
     os.kill(pid, signal.SIGTERM)
     return f"{id}: process {pid} was asked to stop"
 
 
-def _mark_stopped(folder):
+def hold_back(folder):
+    """Let no sweep that is under way start a run, or start it again; the next one does."""
+    os.makedirs(folder, exist_ok=True)
     open(os.path.join(folder, STOP), "w").close()

@@ -1,7 +1,8 @@
 """A plan whose runs are tiny scripts that leave what a training leaves; for the tests of the sweep.
 
 Run as a script it is such a run: ``standin.py FOLDER IDENTITY KEY VALUE ...``, where SECONDS is how long it
-takes, CODES the exit codes of its first starts (negative: it kills itself), ERROR its last_error.
+takes (a list: each start), CODES the exit codes of its first starts (negative: it kills itself), ERROR its
+last_error, GAIN by how many iterations each start brings its checkpoint on.
 """
 
 import json
@@ -95,7 +96,10 @@ def main(folder, identity, *options):
     code = codes[start - 1] if start <= len(codes) else 0
     if code != 2:
         write("running")
-    time.sleep(float(options.get("SECONDS", 0)))
+    if "GAIN" in options:
+        open(os.path.join(folder, f"model_{start * int(options['GAIN']):07d}.pth"), "w").close()
+    seconds = json.loads(options.get("SECONDS", "0"))
+    time.sleep(seconds[start - 1] if isinstance(seconds, list) else seconds)
     if code < 0:
         os.kill(os.getpid(), -code)
     if code:

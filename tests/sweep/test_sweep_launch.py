@@ -100,6 +100,23 @@ def test_only_crashes_are_tried_again(tmp_path, options, count, state):
     assert sweep(tmp_path, [node("a/seed1")]) == {"a/seed1": State.FINISHED}  # later, with the cause gone
 
 
+@pytest.mark.parametrize("gain, count, state", [(20, 6, State.FINISHED), (0, 3, State.FAILED)])
+def test_retries_are_counted_anew_from_each_checkpoint_on(tmp_path, gain, count, state):
+    """A run that gets on is not given up because of five accidents in a month."""
+    options = ("CODES", [-9] * 5, "GAIN", gain)
+    assert sweep(tmp_path, [node("a/seed1", options=options)]) == {"a/seed1": state}
+    assert len(starts(tmp_path, "a/seed1")) == count
+
+
+def test_what_has_finished_is_not_missing_though_its_parent_fails(tmp_path):
+    """As after another plan, in which it had no parent, or another one."""
+    a, b, c = ids("abc")
+    sweep(tmp_path, [node(b)])
+    nodes = [node(a, options=("CODES", [2])), node(b, [a]), node(c, [b])]
+    assert sweep(tmp_path, nodes) == {a: State.FAILED, b: State.FINISHED, c: State.FINISHED}
+    assert len(starts(tmp_path, b)) == 1
+
+
 def test_exit_code_0_without_a_result_is_a_failure(tmp_path):
     nodes = [node("a/seed1", kind="evaluate")]  # the stand-in leaves no results.json
     assert sweep(tmp_path, nodes) == {"a/seed1": State.FAILED}
