@@ -15,13 +15,26 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError
 
-from ..files import read_json, write_json
-from . import plan
+from ..files import write_json
+from . import plan, sbatch
 from .launch import say
-from .process import RETRIES, STOPPED, catch_signals, curable, current, ended, forget_stop, lock, start
+from .process import (
+    RETRIES,
+    STOPPED,
+    catch_signals,
+    curable,
+    current,
+    ended,
+    forget_stop,
+    lock,
+    reached,
+    start,
+)
+from .records import read
 from .state import (
     CLAIM,
     LAUNCH,
+    LOG,
     STOP,
     TRAINING_LOCK,
     State,
@@ -37,7 +50,8 @@ __all__ = ["Job", "SlurmSweep"]
 FOLDER = ".slurm"
 # How often a run may reach its time limit; submitit wants a number.
 CHAIN = 100_000
-DEFAULT_HOURS = 24
+# An evaluation starts anew each time, so that another one hardly helps.
+CHAIN_EVALUATIONS = 2
 
 
 class Job:
@@ -47,10 +61,13 @@ class Job:
         out (str): the sweep's folder.
         node (Node): the run.
         argv (list[str]): one process of it.
+        processes (int): for which the run was planned; its identity may depend on it.
+        chained (int): how often it has been queued again by its time limit.
     """
 
-    def __init__(self, out, node, argv):
+    def __init__(self, out, node, argv, processes, chained=0):
         self.out, self.node, self.argv = out, node, argv
+        self.processes, self.chained = processes, chained
         self._folder = os.path.join(out, node.id)
         self._child = None
 
@@ -62,7 +79,8 @@ class Job:
         """
         task = submitit.JobEnvironment()
         self._check_parents()
-        if self._finished(task) or self._to_stop():
+        self.node = current(self.node, self.processes)  # with the weights that its parents have made
+        if self._finished() or self._to_stop():
             return
         if task.num_tasks > 1:
             # Each sees all GPUs of its machine and takes the one of its local rank.
@@ -78,7 +96,7 @@ class Job:
             ended(self._folder, code)
         if self._to_stop() or (task.global_rank and code in (0, *STOPPED)):
             return
-        if code == 0 and self._finished(task):
+        if code == 0 and self._finished():
             return
         if code not in STOPPED and not (curable(self._folder, code) and self._crashes(task) <= RETRIES):
             raise RuntimeError(f"{self.node.id} ended with {code}: {last_error(self._folder)}")
@@ -91,6 +109,9 @@ class Job:
 
         Returns:
             DelayedSubmission or None: the same job, to be queued again; None where the run is to stop.
+
+        Raises:
+            RuntimeError: an evaluation that does not come to its end within the time limit.
         """
         if self._child is not None:
             self._child.terminate()
@@ -99,7 +120,20 @@ class Job:
                 os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
         if self._to_stop():
             return None
-        return submitit.helpers.DelayedSubmission(Job(self.out, self.node, self.argv))
+        if self.node.kind == "evaluate" and self.chained == CHAIN_EVALUATIONS:
+            self._give_up()
+        again = Job(self.out, self.node, self.argv, self.processes, self.chained + 1)
+        return submitit.helpers.DelayedSubmission(again)
+
+    def _give_up(self):
+        why = (
+            f"{self.node.id} reached the time limit {self.chained + 1} times, and an evaluation begins anew "
+            "each time: give it longer with --slurm time=HOURS"
+        )
+        with open(os.path.join(self._folder, LOG), "a") as log:
+            print(why, file=log)
+        ended(self._folder, 1)
+        raise RuntimeError(why)
 
     def _run(self, child):
         self._child = child
@@ -108,12 +142,12 @@ class Job:
     def _to_stop(self):
         return os.path.exists(os.path.join(self._folder, STOP))
 
-    def _finished(self, task):
-        return recorded_state(self.out, current(self.node, task.num_tasks)) is State.FINISHED
+    def _finished(self):
+        return recorded_state(self.out, self.node) is State.FINISHED
 
     def _check_parents(self):
         for parent in self.node.parents:
-            state = read_json(os.path.join(self.out, parent, "run.json"), {}).get("state", "not started")
+            state = read(os.path.join(self.out, parent, "run.json"), {}).get("state", "not started")
             if state != "done":
                 raise RuntimeError(f"{self.node.id} needs {parent}, which is not done (run.json: {state})")
 
@@ -125,10 +159,14 @@ class Job:
         return claim
 
     def _crashes(self, task):
-        """How many starts of this job have crashed, this one included, whichever task it was."""
+        """How many starts of this job have crashed since the newest checkpoint, this one included.
+
+        Whichever task it was.
+        """
         folder, restart = Path(self.out, FOLDER), os.environ.get("SLURM_RESTART_COUNT", "0")
-        (folder / f"{task.job_id}_crash_{restart}").touch()
-        return len(list(folder.glob(f"{task.job_id}_crash_*")))
+        name = f"{task.job_id}_crash_after_{reached(self._folder)}_"
+        (folder / f"{name}{restart}").touch()
+        return len(list(folder.glob(f"{name}*")))
 
 
 def _wait_for_claim(folder, patience):
@@ -163,7 +201,7 @@ class SlurmSweep:
         self.outcome, self.jobs = {}, {}
         self._options = {key.replace("-", "_"): value for key, value in (options or {}).items()}
         self._num_gpus, self._command, self._poll = num_gpus, command, poll
-        self._processes = num_gpus * int(self._options.get("nodes", 1))
+        self._processes = num_gpus * sbatch.machines(self._options)
 
     def run(self):
         """Submit what is not finished, and return when none of the jobs is left.
@@ -217,7 +255,7 @@ class SlurmSweep:
 
     def _queued(self, node, folder):
         """Whether a job of this run is in the queue, by whichever sweep."""
-        jobs, job = queue(), read_json(os.path.join(folder, LAUNCH), {}).get("job_id")
+        jobs, job = queue(), read(os.path.join(folder, LAUNCH), {}).get("job_id")
         if jobs is None:
             raise ValueError("squeue does not answer: is this a machine of the Slurm cluster?")
         if job in jobs:
@@ -233,11 +271,11 @@ class SlurmSweep:
         forget_stop(folder)
         try:
             argv = self._command(node, self._num_gpus // self._tasks(node), self.out)
-            job = executor.submit(Job(self.out, node, argv)).job_id
+            job = executor.submit(Job(self.out, node, argv, self._processes)).job_id
         except FailedJobError as e:
             raise ValueError(f"{node.id}: {e}") from e
         self.jobs[node.id] = job
-        before = read_json(os.path.join(folder, LAUNCH), {}).get("identity")
+        before = read(os.path.join(folder, LAUNCH), {}).get("identity")
         write_json(os.path.join(folder, LAUNCH), {"launcher": "slurm", "job_id": job, "identity": before})
         say(node.id, f"submitted as Slurm job {job}")
 
@@ -247,10 +285,11 @@ class SlurmSweep:
 
     def _parameters(self, node):
         options = {"gpus_per_node": self._num_gpus, "requeue": True, **self._options}
-        hours, nodes = float(options.pop("time", DEFAULT_HOURS)), int(options.pop("nodes", 1))
+        hours, nodes = sbatch.hours(options), sbatch.machines(options)
+        options = {key: value for key, value in options.items() if key not in ("time", "nodes")}
         if node.kind == "search":
             nodes = 1
-        if not int(options["gpus_per_node"]):
+        if str(options["gpus_per_node"]) == "0":
             del options["gpus_per_node"]
         parents = [self.jobs[p] for p in node.parents if p in self.jobs]
         if parents:

@@ -155,6 +155,14 @@ def mini(out, id, schedule, trunk=None, processes=1):
     return dataclasses.replace(made, identity=recipe.identity(resolved(made, processes)))
 
 
+def evaluating(out, id, parent, iterations):
+    """A node of a real evaluation of what another one will have trained."""
+    options = [*OPTIONS, "SOLVER.SCHEDULE", str(iterations), "DATASETS.TEST", "('glyphs_tiny_val',)"]
+    options += ["MODEL.WEIGHTS", os.path.join(out, parent, "model_final.pth")]
+    options += ["OUTPUT_DIR", os.path.join(out, id)]
+    return node(id, [parent], kind="evaluate", options=options, config_file=MINI)
+
+
 def weights(folder):
     saved = torch.load(folder / "model_final.pth", weights_only=True)
     found = hashlib.sha256()
@@ -245,10 +253,28 @@ def test_stopped_cancelled_crashed_and_refused_runs(slurm, tmp_path, capfd):
     assert outcome == {a: State.FINISHED, b: State.FINISHED}
 
 
-def test_processes_of_one_job_train_one_model(slurm, tmp_path):
-    made = mini(tmp_path, "a/seed1", 4, processes=2)
-    assert run_slurm(tmp_path, [made], num_gpus=2) == {"a/seed1": State.FINISHED}
+def test_processes_of_one_job_train_one_model_and_evaluate_it(slurm, tmp_path):
+    made, evaluation = (
+        mini(tmp_path, "a/seed1", 4, processes=2),
+        evaluating(tmp_path, "b/seed1", "a/seed1", 4),
+    )
+    outcome = run_slurm(tmp_path, [made, evaluation], num_gpus=2)
+    assert outcome == {"a/seed1": State.FINISHED, "b/seed1": State.FINISHED}
     assert read_json(tmp_path / "a/seed1/run.json")["world_size"] == 2
+    [row] = read_json(tmp_path / "b/seed1/results.json")
+    assert (row["iteration"], row["dataset"]) == (4, "glyphs_tiny_val")
+    assert (tmp_path / "b/seed1/launch.log").read_text().count("Start inference") == 1
+
+
+def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_job(slurm, tmp_path):
+    made = node("a/seed1", options=("SECONDS", [900, 0]))
+    limit = {"time": "0.0167", "signal": "USR2@30"}  # a minute, Slurm's shortest
+    assert run_slurm(tmp_path, [made], command=standin.command, options={**CPU, **limit}) == {
+        "a/seed1": State.FINISHED
+    }
+    assert len(starts(tmp_path, "a/seed1")) == 2
+    [log] = [path.read_text() for path in (tmp_path / ".slurm").glob("*_0_log.err")]
+    assert "Caught signal SIGUSR2" in log and "DUE TO TIME LIMIT" not in log
 
 
 def test_says_what_the_cluster_lacks(slurm, tmp_path):
