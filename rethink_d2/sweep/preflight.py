@@ -6,8 +6,11 @@ import socket
 import subprocess
 
 import torch
+from detectron2.utils.file_io import PathManager
 
 from .. import recipe
+from ..engine.checkpoint import checkpoints
+from . import sbatch
 from .plan import resolved
 from .process import current
 from .state import State, node_state
@@ -16,7 +19,7 @@ __all__ = ["preflight"]
 
 
 def preflight(out, nodes, *, num_gpus=1, slurm=None):
-    """Look for all problems of the runs that are not finished.
+    """Look for all problems of the runs that are not finished, and fetch the public weights that they need.
 
     Args:
         out (str): the sweep's folder.
@@ -27,7 +30,7 @@ def preflight(out, nodes, *, num_gpus=1, slurm=None):
     Returns:
         list[str]: each with what to do about it; empty when nothing is known to be wrong.
     """
-    processes = num_gpus * int((slurm or {}).get("nodes", 1))
+    processes = num_gpus * sbatch.machines(slurm or {})
     nodes = [current(node, processes) for node in nodes]
     states = {node.id: node_state(out, node) for node in nodes}
     unfinished = [node for node in nodes if states[node.id] is not State.FINISHED]
@@ -35,6 +38,7 @@ def preflight(out, nodes, *, num_gpus=1, slurm=None):
     return [
         *_changed(out, unfinished, states, processes),
         *_recipes(out, unfinished, nodes, configs, processes),
+        *_remote_weights(out, unfinished, configs),
         *_disk(out, unfinished),
         *(_machine(configs, num_gpus) if slurm is None else _partition(slurm)),
     ]
@@ -89,6 +93,25 @@ def _recipes(out, unfinished, nodes, configs, processes):
         yield f"{problem} (needed by {', '.join(ids[:2])}{more})"
 
 
+def _remote_weights(out, unfinished, configs):
+    """Public weights that cannot be had. The others are in the cache afterwards, where the runs look."""
+    names = {
+        configs[node.id].MODEL.WEIGHTS
+        for node in unfinished
+        # Others start from a checkpoint.
+        if not (isinstance(configs[node.id], str) or node.branch_from or checkpoints(f"{out}/{node.id}"))
+    }
+    for name in sorted(name for name in names if "://" in name):
+        print(f"Fetching {name}, unless it is in the cache", flush=True)
+        try:
+            PathManager.get_local_path(name)
+        except Exception as e:  # whatever the network, the server or the disk raises
+            yield (
+                f"MODEL.WEIGHTS {name} cannot be fetched ({type(e).__name__}: {e}): start the sweep where "
+                "there is a network once, or copy $FVCORE_CACHE (~/.torch/iopath_cache) from such a machine"
+            )
+
+
 def _disk(out, unfinished):
     folder = os.path.abspath(out)
     while not os.path.isdir(folder):
@@ -119,7 +142,7 @@ def _partition(options):
     if shutil.which("sbatch") is None:
         yield "--launcher slurm: there is no sbatch here: start the sweep on a machine of the Slurm cluster"
         return
-    asked = ["sinfo", "--noheader", "--format=%R"]
+    asked = ["sinfo", "--noheader", "--format=%P %l"]  # the default partition's name ends in *
     try:
         found = subprocess.run(asked, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
@@ -128,8 +151,16 @@ def _partition(options):
     if found.returncode:
         yield f"--launcher slurm: Slurm does not answer: {found.stderr.strip()}"
         return
-    partitions = sorted(set(found.stdout.split()))
+    limits = dict(line.split() for line in found.stdout.splitlines())
+    default = [name for name in limits if name.endswith("*")]
+    limits = {name.removesuffix("*"): limit for name, limit in limits.items()}
     wanted = options.get("partition")
-    for name in wanted.split(",") if wanted else ():
-        if name not in partitions:
-            yield f"--slurm partition={wanted}: there is no {name}; this cluster has {', '.join(partitions)}"
+    names = wanted.split(",") if wanted else [name.removesuffix("*") for name in default]
+    for name in names:
+        if name not in limits:
+            known = ", ".join(sorted(limits))
+            yield f"--slurm partition={wanted}: there is no {name}; this cluster has {known}"
+    hours = sbatch.hours(options)
+    if names and all(name in limits and hours > sbatch.limit(limits[name]) for name in names):
+        most = ", ".join(f"{limits[name]} in {name}" for name in names)
+        yield f"--slurm time={hours:g}: jobs may take {most}; give less, longer runs go on in their next job"

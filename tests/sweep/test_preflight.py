@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from standin import node
@@ -81,3 +82,60 @@ def test_slurm_that_is_not_there_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     [problem] = preflight(str(tmp_path), [mini("a/seed1")], slurm={})
     assert "no sbatch" in problem
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Programs that answer like those of a Slurm with two partitions."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (
+        ("sbatch", ""),
+        ("sinfo", "main* 6:00:00\nmain* 6:00:00\nlong 2-00:00:00\nany infinite\n"),
+    ):
+        (folder / name).write_text(f"#!/bin/sh\nprintf '{text}'\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"time": "6"}, None),
+        ({"time": "24"}, "--slurm time=24: jobs may take 6:00:00 in main"),
+        ({}, "--slurm time=24: jobs may take 6:00:00 in main"),
+        ({"partition": "long"}, None),
+        ({"partition": "any", "time": "1000"}, None),
+        ({"partition": "main,long", "time": "48"}, None),
+        ({"partition": "main,long", "time": "49"}, "6:00:00 in main, 2-00:00:00 in long"),
+        ({"partition": "gpu", "time": "49"}, "there is no gpu; this cluster has any, long, main"),
+    ],
+)
+def test_partitions_and_their_time_limits(tmp_path, cluster, options, text):
+    problems = preflight(str(tmp_path), [mini("a/seed1")], slurm=options)
+    assert len(problems) == bool(text)
+    assert not text or text in problems[0]
+
+
+def test_public_weights_are_fetched_once_before_the_first_run(tmp_path, monkeypatch, capsys):
+    fetched = []
+
+    def fetch(name):
+        fetched.append(name)
+        if "R-101" in name:
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(module.PathManager, "get_local_path", fetch)
+    near, far = "catalog://ImageNetPretrained/MSRA/R-50-GN", "catalog://ImageNetPretrained/MSRA/R-101-GN"
+    nodes = [
+        *(mini(f"{i}/seed1", "MODEL.WEIGHTS", near, "MODEL.BACKBONE.FREEZE_AT", "2") for i in range(3)),
+        mini("b/seed1", "MODEL.WEIGHTS", far, "MODEL.BACKBONE.FREEZE_AT", "2"),
+        mini("c/seed1", "MODEL.WEIGHTS", "https://x/y", branch_from="0/seed1"),
+        mini("d/seed1", "MODEL.WEIGHTS", "https://x/z"),
+    ]
+    (tmp_path / "d/seed1").mkdir(parents=True)
+    (tmp_path / "d/seed1/model_0000009.pth").touch()
+    problems = [p for p in preflight(str(tmp_path), nodes) if "fetched" in p]
+    assert sorted(fetched) == sorted([near, far])
+    assert len(problems) == 1 and f"{far} cannot be fetched (OSError: no route to host)" in problems[0]
+    assert f"Fetching {near}" in capsys.readouterr().out
