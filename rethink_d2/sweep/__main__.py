@@ -13,15 +13,17 @@ from rich.console import Console
 
 from ..paper import ARMS
 from ..preemption import EXIT_CODE
-from . import show
+from . import sbatch, show
 from .costs import measure
 from .launch import LocalSweep, summary, write_report
 from .plan import plan
 from .preflight import preflight
-from .process import stop
-from .state import planned, table, watch
+from .process import current, hold_back, stop
+from .state import State, node_state, planned, table, watch
 
 REFUSED = 2
+# Of runs that a sweep under way may be about to start.
+WAITS = (State.WAITING, State.PREEMPTED, State.INTERRUPTED)
 
 
 def argument_parser():
@@ -33,7 +35,7 @@ def argument_parser():
     part.add_argument("--only", metavar="PATTERN", action="append", default=[], help="run ids: 'base-r50-*'")
     part.add_argument("--figure", metavar="N", action="append", default=[], help="1, or 'Table 3'")
     part.add_argument("--arm", choices=ARMS)
-    part.add_argument("--schedules", metavar="2x,6x", type=lambda text: text.split(","), default=[])
+    part.add_argument("--schedules", metavar="2x,6x", type=_words, default=[])
     part.add_argument("--seeds", metavar="N", type=int, default=1, help="every run with seeds 1 to N")
     part.add_argument("--optional", action="store_true", help="also searches and other readings of the paper")
     part.add_argument("--mini", action="store_true", help="all in miniature, on built-in data")
@@ -70,6 +72,10 @@ def argument_parser():
     return parser
 
 
+def _words(text):
+    return [word.strip() for word in text.split(",")]
+
+
 def make_plan(args, processes):
     """The plan that the arguments select."""
     selection = {
@@ -86,7 +92,9 @@ def make_plan(args, processes):
     }
     out = os.path.abspath(args.out)
     nodes = plan(out, **selection)
-    return plan(out, **selection, measured=measure(nodes)) if args.measured else nodes
+    if not args.measured:
+        return nodes
+    return plan(out, **selection, measured=measure([current(node, processes) for node in nodes]))
 
 
 def sbatch_options(args):
@@ -97,17 +105,16 @@ def sbatch_options(args):
         return None
     if args.parallel:
         raise ValueError("--parallel: not with --launcher slurm, which decides that itself")
-    wrong = [item for item in args.slurm if "=" not in item]
-    if wrong:
-        raise ValueError(f"--slurm {wrong[0]}: write KEY=VALUE, such as partition=gpu")
-    return {key.replace("-", "_"): value for key, _, value in (item.partition("=") for item in args.slurm)}
+    return sbatch.parse(args.slurm)
 
 
 def run(args):
     """Check, run, report; returns the exit code."""
     slurm = sbatch_options(args)
     out = os.path.abspath(args.out)
-    nodes = make_plan(args, args.num_gpus * int((slurm or {}).get("nodes", 1)))
+    if (slurm or {}).get("gpus_per_node") == "0":
+        args.opts = ["MODEL.DEVICE", "cpu", *args.opts]  # with several processes the norm depends on it
+    nodes = make_plan(args, args.num_gpus * sbatch.machines(slurm or {}))
     if args.dry_run:
         return show_plan(nodes)
     problems = preflight(out, nodes, num_gpus=args.num_gpus, slurm=slurm)
@@ -130,8 +137,10 @@ def run(args):
 
 def show_plan(nodes, dot=False):
     """Print the plan."""
-    parts = [show.dot(nodes)] if dot else [show.tree(nodes), show.table(nodes), show.summary(nodes)]
-    print(*parts, sep="\n\n")
+    if dot:
+        print(show.dot(nodes))
+        return 0
+    print(f"{show.tree(nodes)}\n-> report", show.table(nodes), show.summary(nodes), sep="\n\n")
     return 0
 
 
@@ -145,18 +154,23 @@ def show_status(args):
 
 
 def stop_runs(args):
-    """Stop what runs of the runs that are named; returns 1 where nothing does."""
+    """Stop what runs of the runs that are named, and hold back what waits; returns 1 where nothing does."""
     nodes, stopped = planned(args.out), 0
     for id in args.ids:
-        fitting = [node.id for node in nodes if fnmatchcase(node.id, id) or fnmatchcase(node.run.id, id)]
+        fitting = [node for node in nodes if fnmatchcase(node.id, id) or fnmatchcase(node.run.id, id)]
         if not fitting:
             raise ValueError(f"{id}: {args.out} has no such run; `status {args.out}` lists them")
-        for found in fitting:
+        for node in fitting:
             try:
-                print(stop(args.out, found))
+                print(stop(args.out, node.id))
                 stopped += 1
             except ValueError as e:
-                print(f"error: {e}", file=sys.stderr)
+                if node_state(args.out, node) in WAITS:
+                    hold_back(os.path.join(args.out, node.id))
+                    print(f"{node.id}: does not run; sweeps that are under way will not start it")
+                    stopped += 1
+                else:
+                    print(f"error: {e}", file=sys.stderr)
     return 0 if stopped else 1
 
 
@@ -170,6 +184,9 @@ def cli(argv=None):
     """
     args = argument_parser().parse_args(argv)
     try:
+        for option in ("num_gpus", "parallel"):
+            if (number := getattr(args, option, None)) is not None and number < 1:
+                raise ValueError(f"--{option.replace('_', '-')} {number}: at least 1 is needed")
         if args.command == "plan":
             return show_plan(make_plan(args, args.num_gpus), args.dot)
         return {"run": run, "status": show_status, "stop": stop_runs}[args.command](args)

@@ -3,7 +3,6 @@
 import csv
 import functools
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,9 +10,9 @@ from pathlib import Path
 
 from .. import recipe
 from ..disk import checkpoint_bytes
-from ..files import read_json
 from ..modeling.inspection import build_meta
 from ..paper import Run
+from .records import run_record
 
 __all__ = ["Cost", "checkpoint_gb", "find", "measure"]
 
@@ -82,19 +81,22 @@ def measure(nodes: Iterable) -> dict[str, float]:
     """Seconds of one process per iteration, evaluations included, of the finished runs of a plan.
 
     Args:
-        nodes: from :func:`rethink_d2.sweep.plan.plan`; their folders are read.
+        nodes: from :func:`rethink_d2.sweep.plan.plan`, with the identities that they have now; their folders
+            are read. A folder of another recipe, such as the miniature's, does not count.
 
     Returns:
         the mean by family, for those of which a run is finished.
     """
     spent = {}
     for node in nodes:
-        record = read_json(os.path.join(node.folder, "run.json"), {})
+        record = run_record(node.folder)
         # What was a branch when it ran may be the trunk of another plan.
         start = (record.get("parent") or {}).get("iteration", 0)
         iterations = node.start + node.iterations - start
-        if record.get("state") == "done" and iterations > 0:
-            seconds = record["seconds"] * record["world_size"]
+        done = record.get("state") == "done" and record["identity"] == node.identity
+        if done and iterations > 0:
+            cores = record["threads"] if " CPU, " in record["hardware"] else 1  # the table's unit on a CPU
+            seconds = record["seconds"] * record["world_size"] * cores
             before = spent.get(node.run.family, (0, 0))
             spent[node.run.family] = before[0] + seconds, before[1] + iterations
     return {family: seconds / iterations for family, (seconds, iterations) in spent.items()}

@@ -6,6 +6,8 @@ Everything follows from the manifest of the paper's runs and from their configs:
   augmentation of a trained model.
 - The schedules of one curve share their trajectory up to the first rate drop, so only the longest one that is
   planned, the trunk, trains from iteration 0; the others branch off it at the manifest's iteration.
+  A run that itself branched off another one in an earlier sweep has no early checkpoints: what would branch
+  off there starts from that other one, or, where that is gone, trains from iteration 0.
 - A cascade phase branches off the run without cascade. That is planned in its full length, because no shorter
   schedule has the same rate for as long.
 
@@ -20,16 +22,18 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
 
 from .. import model_zoo, paper, recipe
+from ..engine.checkpoint import checkpoints
 from ..paper import Run
 from ..solver.schedule import ONE_X, REFERENCE_BATCH, parse
 from . import costs, miniature
+from .records import run_record
+from .selection import select
 
 __all__ = ["KINDS", "Node", "Total", "command", "identity", "plan", "resolved", "totals"]
 
@@ -53,7 +57,8 @@ class Node:
         config_file: path of its config.
         options: alternating keys and values on top of it.
         parents: ids of the nodes that have to be done first; the one that it continues is the first.
-        branch_from: id of the trunk from whose checkpoint it starts; None where it starts from iteration 0.
+        branch_from: id of the run from whose checkpoint it starts; None where it starts from iteration 0. Not
+            among the parents where only an earlier sweep had planned that run.
         start: the iteration at which it starts.
         iterations: how many it trains itself; of a search, those of all trials.
         identity: :func:`identity` at the time of planning.
@@ -145,7 +150,7 @@ def plan(
             raise ValueError(f"{key}: the sweep sets it for every run")
     if one_x is not None and not mini:
         raise ValueError("--one-x: only with --mini; the paper's 1x is 90k iterations")
-    wanted = _select(only, figures, arm, schedules, optional)
+    wanted = select(only, figures, arm, schedules, optional)
     if mini and one_x is None:
         one_x = miniature.MINI_ONE_X
     planner = _Planner(os.fspath(out), wanted, one_x, num_gpus, tuple(options), measured or {})
@@ -201,34 +206,6 @@ def totals(nodes: Iterable[Node]) -> dict[str, Total]:
         name = groups.get(node.kind, "detection")
         found[name] = Total(*map(sum, zip(found.get(name, (0,) * len(row)), row, strict=True)))
     return {name: found[name] for name in ("detection", *groups.values()) if name in found}
-
-
-def _select(only, figures, arm, schedules, optional):
-    """The runs of the manifest that fit, in its order; an analysis has nothing to run."""
-    runs = [run for run in paper.load() if run.config]
-    figures = [f"Fig {figure}" if str(figure).isdecimal() else str(figure) for figure in figures]
-    filters = {
-        "--only": (only, lambda run, pattern: fnmatchcase(run.id, pattern)),
-        "--figure": (figures, lambda run, figure: figure in run.figure.split("; ")),
-        "--arm": ([arm] if arm else [], lambda run, arm: run.arm == arm),
-        "--schedules": (schedules, lambda run, schedule: run.schedule == schedule),
-    }
-    for option, (values, fits) in filters.items():
-        for value in values:
-            if not any(fits(run, value) for run in runs):
-                raise ValueError(
-                    f"{option} {value}: no run of the paper fits; python -m rethink_d2.paper lists them all"
-                )
-    fitting = [
-        run
-        for run in runs
-        if all(not values or any(fits(run, v) for v in values) for values, fits in filters.values())
-    ]
-    selected = [run for run in fitting if optional or not run.optional or run.id in only]
-    if not selected:
-        what = "fits all of these options" if not fitting else "is left without optional runs (--optional)"
-        raise ValueError(f"no run {what}: {', '.join(o for o, (values, _) in filters.items() if values)}")
-    return selected
 
 
 def _resolved(config_file, options, processes):
@@ -316,6 +293,22 @@ class _Planner:
         trunk = self._trunks.get(_curve(run)) if run.kind == "train" else None
         return None if trunk == run else trunk
 
+    def _source(self, run, seed):
+        """The id of the node from whose checkpoint a run starts; None where it starts from iteration 0."""
+        trunk = self._trunk(run)
+        if trunk is None:
+            return None
+        source = planned = f"{trunk.id}/seed{seed}"
+        if run.kind == "cascade":
+            return source
+        start = self._at(run, run.branch_iteration)
+        while parent := run_record(os.path.join(self._out, source)).get("parent"):
+            if parent["iteration"] <= start:
+                break
+            source = os.path.normpath(os.path.join(source, parent["folder"]))
+        kept = checkpoints(os.path.join(self._out, source))
+        return source if source == planned or start - 1 in kept else None
+
     def _at(self, run, iteration):
         """An iteration of 16 images at full size, as the config counts."""
         solver = self._config(run).SOLVER
@@ -340,8 +333,8 @@ class _Planner:
         def id_of(other):
             return f"{other.id}/seed{seed}"
 
-        trunk, weights = self._trunk(run), self._weights(run)
-        parents = [other for other in (trunk, weights) if other]
+        source, weights = self._source(run, seed), self._weights(run)
+        needed = (source, id_of(weights) if weights else None)
         points = self._branch_points(run)
         own = {"OUTPUT_DIR": os.path.join(self._out, id_of(run)), "SEED": seed}
         if weights:
@@ -353,7 +346,7 @@ class _Planner:
         options = (*self._shared(run), *(str(word) for item in own.items() for word in item))
         cfg = self._config(run).clone()
         cfg.merge_from_list([word for item in own.items() for word in item])
-        start = self._at(run, run.branch_iteration) if trunk else 0
+        start = self._at(run, run.branch_iteration) if source else 0
         lengths = [cfg.SOLVER.MAX_ITER - start]
         if run.kind == "evaluate":
             lengths = []
@@ -364,11 +357,11 @@ class _Planner:
             id=id_of(run),
             run=run,
             seed=seed,
-            kind="branch" if run.kind == "train" and trunk else run.kind,
+            kind="branch" if run.kind == "train" and source else run.kind,
             config_file=model_zoo.get_config_file(run.config),
             options=options,
-            parents=tuple(map(id_of, parents)),
-            branch_from=id_of(trunk) if trunk else None,
+            parents=tuple(id for id in needed if id in map(id_of, self.runs)),
+            branch_from=source,
             start=start,
             iterations=iterations,
             identity=recipe.identity(cfg),

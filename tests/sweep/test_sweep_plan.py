@@ -40,6 +40,14 @@ def spans(nodes):
     return {id: (node.kind, node.start, node.start + node.iterations) for id, node in by_id(nodes).items()}
 
 
+def ran(node, **record):
+    """Leave what a run leaves that has ended."""
+    made = {"state": "done", "identity": node.identity, "parent": None, "seconds": 1.0, "world_size": 1}
+    os.makedirs(node.folder)
+    with open(os.path.join(node.folder, "run.json"), "w") as f:
+        json.dump({**made, "threads": 2, "hardware": "8 x V100", **record}, f)
+
+
 def test_2x_to_6x_of_one_curve_take_780k_iterations_instead_of_1800k():
     nodes = plan("OUT", only=["base-r50-gn-scratch-*"])
     total = totals(nodes)["detection"]
@@ -284,6 +292,33 @@ def test_a_training_finds_the_checkpoint_to_branch_off(id, tmp_path):
     assert start.kind == ("cascade" if node.kind == "cascade" else "branch")
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_that_was_a_branch_itself_is_no_trunk_for_what_comes_before(tmp_path, kept):
+    curve = ["base-r50-gn-scratch-*"]
+    first = by_id(plan(tmp_path, only=curve, schedules=["3x", "6x"]))
+    longest, middle = first["base-r50-gn-scratch-6x"], first["base-r50-gn-scratch-3x"]
+    ran(longest)
+    parent = {"folder": f"../../{longest.id}", "iteration": 210_000}
+    ran(middle, parent=parent)
+    there = config(longest)
+    # Of its own it has late checkpoints only.
+    for node, iterations in ((longest, (120_000, 210_000, 540_000) if kept else ()), (middle, (270_000,))):
+        for done in iterations:
+            store = CheckpointStore(node.folder)
+            store.save(done - 1, {"settings": json.dumps(recipe.settings(there))})
+    again = by_id(plan(tmp_path, only=curve, schedules=["2x", "3x"]))
+    assert again["base-r50-gn-scratch-3x"].identity == middle.identity
+    node = again["base-r50-gn-scratch-2x"]
+    assert node.parents == ()
+    if kept:
+        assert (node.kind, node.branch_from, node.start) == ("branch", longest.id, 120_000)
+        found = find_start(config(node), resume=True, branch_from=str(tmp_path / node.branch_from))
+        assert found.iteration == 120_000 - 1
+    else:
+        assert (node.kind, node.branch_from, node.start) == ("train", None, 0)
+        assert node.iterations == 180_000
+
+
 def test_a_search_is_planned_on_request_and_counts_all_trials():
     (node,) = plan("OUT", only=["search-coco1k-pretrained"])
     assert (node.kind, node.iterations) == ("search", 18 * 15_000)
@@ -317,16 +352,26 @@ def test_finished_runs_replace_the_table(tmp_path):
     selection = {"only": ["voc-*"]}
     nodes = by_id(plan(tmp_path, **selection))
     assert costs.measure(nodes.values()) == {}
-    record = {"state": "done", "seconds": 36_000.0, "world_size": 4, "parent": None}
     for id, state in (("voc-scratch-144k", "done"), ("voc-pretrained-18k", "running")):
-        folder = tmp_path / id / "seed1"
-        folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({**record, "state": state}))
+        ran(nodes[id], state=state, seconds=36_000.0, world_size=4)
     measured = costs.measure(nodes.values())
     assert measured == {"voc": pytest.approx(36_000 * 4 / 144_000)}
     again = by_id(plan(tmp_path, **selection, measured=measured))
     assert again["voc-scratch-144k"].gpu_hours == pytest.approx(40)
     assert again["voc-pretrained-18k"].gpu_hours == pytest.approx(5)
+
+
+def test_costs_on_a_cpu_are_those_of_its_cores(tmp_path):
+    (node,) = plan(tmp_path, only=["voc-scratch-*"], mini=True)
+    ran(node, seconds=100.0, world_size=2, threads=4, hardware="x86_64 CPU, 8 cores")
+    assert costs.measure([node]) == {"voc": pytest.approx(100 * 2 * 4 / node.iterations)}
+
+
+def test_the_miniature_s_runs_say_nothing_about_the_paper_s(tmp_path):
+    (mini,) = plan(tmp_path, only=["voc-scratch-*"], mini=True)
+    ran(mini)
+    assert costs.measure([mini]) != {}
+    assert costs.measure(plan(tmp_path, only=["voc-scratch-*"])) == {}
 
 
 def test_disk_is_that_of_the_checkpoints_kept():
