@@ -297,10 +297,11 @@ def planned(out):
         ValueError: none did, or another version's.
     """
     path = os.path.join(out, PLAN)
-    if not os.path.exists(path):
+    known = read(path, [])
+    if not known:
         raise ValueError(f"{out} is no sweep's folder (it has no {PLAN}); start one with `run --out {out}`")
     try:
-        return [_node(**values) for values in read(path, [])]
+        return [_node(**values) for values in known]
     except TypeError as e:
         raise ValueError(
             f"{path} cannot be read: it is another version's ({e}); move it away, `run` makes a new one"

@@ -154,6 +154,9 @@ def test_the_plan_is_kept_and_grows(tmp_path):
     out = str(tmp_path / "out")
     with pytest.raises(ValueError, match="no sweep's folder"):
         planned(out)
+    (tmp_path / "sweep.json").write_text("[]")
+    with pytest.raises(ValueError, match="no sweep's folder"):
+        planned(str(tmp_path))
     first, second = node("z/seed1"), node(A, ["z/seed1"], options=("KEY", "1"))
     remember(out, [first])
     remember(out, [second])
