@@ -107,8 +107,8 @@ def _remote_weights(out, unfinished, configs):
             PathManager.get_local_path(name)
         except Exception as e:  # whatever the network, the server or the disk raises
             yield (
-                f"MODEL.WEIGHTS {name} cannot be fetched ({type(e).__name__}: {e}): start the sweep where "
-                "there is a network once, or copy $FVCORE_CACHE (~/.torch/iopath_cache) from such a machine"
+                f"MODEL.WEIGHTS {name} cannot be fetched ({type(e).__name__}: {e}): start the sweep with "
+                "a network once, or copy $FVCORE_CACHE (~/.torch/iopath_cache) from where there is one"
             )
 
 
