@@ -4,8 +4,8 @@ A COCO file of as many images as asked for repeats the annotations of a real dat
 process of its own and counts from the end of the imports until a first record is read: annotations loaded,
 images without objects left out, instances per class counted. Peak memory includes the imports, and what was
 read of mapped files, though the system may take that back. Private memory is what starting and reading
-SAMPLES records add to what the process shares with no other, while others use the same index; a loader
-worker's is all that it shares with no other process.
+SAMPLES records add to what the process shares with no other; a loader worker's is all of it. Pages of mapped
+files do not count: the system's cache holds them once, for however many processes use the index.
 """
 
 import argparse
@@ -193,9 +193,9 @@ def _look(record):
 
 
 def _private_memory():
-    """MB that no other process shares."""
+    """MB that are this process's alone, without pages of files, which are clean."""
     with open("/proc/self/smaps_rollup") as f:
-        return sum(int(line.split()[1]) for line in f if line.startswith("Private_")) / 1000
+        return sum(int(line.split()[1]) for line in f if line.startswith("Private_Dirty")) / 1000
 
 
 if __name__ == "__main__":
