@@ -149,7 +149,8 @@ def show_status(args):
     if args.watch:
         watch(args.out, Console())
     else:
-        Console().print(table(args.out)[0])
+        # A file or a pipe has no width of its own: there every run is one line.
+        Console(width=None if sys.stdout.isatty() else 160).print(table(args.out)[0])
     return 0
 
 

@@ -326,8 +326,8 @@ def table(out):
     finished = sum(row.state is State.FINISHED for row in rows.values())
     title = f"{finished} of {len(rows)} finished, {time.strftime('%H:%M:%S')}"
     made = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
-    made.add_column("run", no_wrap=True, min_width=max(map(len, rows)))
-    made.add_column("state")
+    made.add_column("run", overflow="fold")  # the only one that a narrow terminal makes narrower
+    made.add_column("state", no_wrap=True)
     for name in ("iteration", "AP", "it/s", "left"):
         made.add_column(name, justify="right", no_wrap=True)
     for id, row in rows.items():
