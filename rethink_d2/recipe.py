@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checks import Problem, check
 from .config import add_rethink_config
+from .data.content import content_digest
 from .data.index import dataset_digest
 from .solver.schedule import parse
 from .spelling import nearest
@@ -306,11 +307,7 @@ def _digest(path):
     """The sha256 of a local file, None when the name is not one."""
     if not path or "://" in path or not PathManager.isfile(path):
         return None
-    digest = hashlib.sha256()
-    with open(PathManager.get_local_path(path), "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return content_digest(PathManager.get_local_path(path))
 
 
 def settings(cfg):

@@ -103,9 +103,11 @@ def find_weights(cfg, *, resume=False, allow=()):
         hint = f", or give --resume for the newest checkpoint of OUTPUT_DIR {folder}" if newest else ""
         raise ValueError(f"--eval-only: there are no weights to evaluate; set MODEL.WEIGHTS{hint}")
     if newest:
-        elsewhere = f"results of another model would be among those of the run in OUTPUT_DIR {folder}"
         if os.path.realpath(os.path.dirname(weights)) != os.path.realpath(folder):
-            raise ValueError(f"MODEL.WEIGHTS {weights}: {elsewhere}; set another OUTPUT_DIR")
+            raise ValueError(
+                f"MODEL.WEIGHTS {weights}: results of another model would be among those of the run in "
+                f"OUTPUT_DIR {folder}; set another OUTPUT_DIR"
+            )
         differing = recipe.differences(_settings(newest), recipe.settings(cfg))
         cure = "set them back, set another OUTPUT_DIR, or accept one with --allow-config-change KEY"
         # The run's own weights, and further data sets, change nothing that it says already.
